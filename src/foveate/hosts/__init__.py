@@ -1,0 +1,47 @@
+"""Adapters: one a model family, on the family's official extension points; no code of a model is copied."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from foveate.hosts.host import Host
+from foveate.method import InputError, did_you_mean
+
+SUPPORTED: dict[str, str] = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava",
+    "ViTModel": "vision",
+    "ViTForImageClassification": "vision",
+    "CLIPVisionModel": "vision",
+    "CLIPVisionModelWithProjection": "vision",
+    "CLIPForImageClassification": "vision",
+    "CLIPModel": "vision",
+    "SiglipVisionModel": "vision",
+    "SiglipForImageClassification": "vision",
+    "SiglipModel": "vision",
+    "Dinov2Model": "vision",
+    "Dinov2ForImageClassification": "vision",
+    "Dinov2WithRegistersModel": "vision",
+    "Dinov2WithRegistersForImageClassification": "vision",
+    "VisionTransformer": "vision",
+    "VisionTransformerDistilled": "vision",
+}
+"""class name -> module of its adapter."""
+
+
+def adapt(model: nn.Module) -> Host:
+    """The adapter for a model. InputError for a class that has none."""
+    name = type(model).__name__
+    if name not in SUPPORTED:
+        raise InputError(f"no adapter for {name}; {did_you_mean(name, SUPPORTED)}")
+    # Imported here: an adapter of one family must not make the others' packages necessary.
+    if SUPPORTED[name] == "llava":
+        from foveate.hosts.llava import LlavaHost
+
+        return LlavaHost(model)
+    from foveate.hosts.vision import VisionHost
+
+    return VisionHost(model)
+
+
+__all__ = ["SUPPORTED", "Host", "adapt"]

@@ -1,0 +1,100 @@
+"""What all adapters share: hooks that come off again, the trace, and running a method's handler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from foveate.method import HostShape, InputError, Method, Signals, Stage
+from foveate.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What happened at one stage of the last forward.
+
+    Attributes:
+        stage: "vision.output", "llm.layer[8]", or "llm.input" for what entered the language model.
+        method: slug of the method that acted, "" for "llm.input".
+        tokens_in, tokens_out: visual tokens of each sample (of each crop at the vision stages).
+        source: (B, M) long, the token that carries each source patch after the stage, -1 where none does.
+    """
+
+    stage: str
+    method: str
+    tokens_in: tuple[int, ...]
+    tokens_out: tuple[int, ...]
+    source: Tensor
+
+
+class Host:
+    """Base of the adapters: `install` hooks the handlers of methods in, `remove` takes everything off."""
+
+    shape: HostShape
+
+    def __init__(self, model: nn.Module) -> None:
+        if getattr(model, "_foveate_host", None) is not None:
+            raise InputError("this model has methods applied already; remove them first, or apply a list")
+        self.model = model
+        self.plan: dict[str, Method] = {}
+        self.trace: list[Record] = []
+        self._handles: list[RemovableHandle] = []
+
+    def install(self, plan: dict[str, Method]) -> None:
+        """Hooks in `plan`, stage -> method."""
+        self.plan = plan
+        # A plain attribute, past nn.Module's bookkeeping, so that the module tree and the state dict stay as they are.
+        object.__setattr__(self.model, "_foveate_host", self)
+        self.hook()
+
+    def hook(self) -> None:
+        """Registers the hooks that `self.plan` needs."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.model.__dict__.pop("_foveate_host", None)
+
+    def pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Calls `hook(module, args, kwargs) -> (args, kwargs) | None` before `module`."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def post(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
+        """Calls `hook(module, args, kwargs, output) -> output | None` after `module`; `always` also after an error."""
+        # Prepended: hooks that were there before (transformers records hidden states with such) see our output.
+        self._handles.append(
+            module.register_forward_hook(hook, with_kwargs=True, prepend=True, always_call=always)
+        )
+
+    def run(
+        self, stage: str, layer: int, tokens: Tokens, signals: Signals, entered: Tensor, active: Tensor
+    ) -> Tokens:
+        """Lets the method of `stage` act on `tokens` and records what it did."""
+        method = self.plan[stage]
+        at = Stage(stage, layer, self.shape, signals, entered, active)
+        handler = getattr(method, method.handlers()[stage])
+        result: Tokens = handler(tokens, at)
+        if result is not tokens:
+            self.record(at.label, method.card.slug, tokens, result)
+        return result
+
+    def record(self, label: str, slug: str, before: Tokens, after: Tokens) -> None:
+        tokens_in, tokens_out = before.count.tolist(), after.count.tolist()
+        self.trace.append(Record(label, slug, tuple(tokens_in), tuple(tokens_out), after.source.detach()))
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `module.forward` by name, however they were passed; **kwargs are flattened in."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments

@@ -1,0 +1,88 @@
+"""Reading the queries and keys of an attention layer while its output still comes from SDPA or FlashAttention.
+
+transformers calls a registered attention function with the final queries and keys. Ours notes them and hands the call
+on to the implementation that the model uses anyway, so the tap costs two references. The name is in the config only
+while a tapped layer runs; everything else, masks included, sees the model's own implementation.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foveate.hosts.host import Host
+
+_NAME = "foveate"
+
+
+@dataclass(eq=False)
+class Tap:
+    """What one attention layer computed in its last forward: query (B, H, S, D), key (B, G, S, D), scaling."""
+
+    implementation: str = ""
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scaling: float = 1.0
+
+    def read(self) -> tuple[Tensor, Tensor, float]:
+        if self.query is None or self.key is None:
+            raise RuntimeError("this attention layer has not run yet")
+        return self.query, self.key, self.scaling
+
+    def clear(self) -> None:
+        self.query = self.key = None
+
+
+_TAPS: weakref.WeakKeyDictionary[nn.Module, Tap] = weakref.WeakKeyDictionary()
+
+
+def _tapped(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    tap = _TAPS[module]
+    tap.query, tap.key = query, key
+    tap.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    # Eager attention is not in the interface: each modeling file has its own.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(tap.implementation, eager)
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(_NAME, _tapped)
+
+
+def tap_transformers(host: Host, attention: nn.Module) -> Tap:
+    """A tap on an attention module of transformers; comes off with the host's other hooks."""
+    tap = _TAPS[attention] = Tap()
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        config: Any = module.config
+        tap.implementation = config._attn_implementation
+        config._attn_implementation = _NAME
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        config: Any = module.config
+        config._attn_implementation = tap.implementation
+
+    host.pre(attention, enter)
+    host.post(attention, leave, always=True)
+    return tap
+
+
+def tap_timm(host: Host, attention: Any) -> Tap:
+    """A tap on a timm attention block with a fused `qkv`: the projection's output is read, nothing is recomputed."""
+    tap = Tap(scaling=attention.scale)
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        batch, length, _ = output.shape
+        split = output.reshape(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        tap.query, tap.key = attention.q_norm(split[0]), attention.k_norm(split[1])
+
+    host.post(attention.qkv, note)
+    return tap

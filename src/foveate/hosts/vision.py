@@ -1,0 +1,335 @@
+"""Vision encoders: ViT, CLIP, SigLIP and DINOv2 of transformers, and timm's VisionTransformer (ViT, DeiT).
+
+`Encoder` hooks one encoder; `VisionHost` is a model that is just that, and `hosts/llava.py` uses the same class for
+the vision tower. The sequence in an encoder is [prefix | patches]: class and register tokens are never handed to a
+method and never dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from foveate.hosts.host import Host, named
+from foveate.hosts.taps import Tap, tap_timm, tap_transformers
+from foveate.method import HostShape, InputError
+from foveate.nn.attention import Attention
+from foveate.tokens import DROPPED, Tokens
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    """Where the parts of an encoder are: dotted paths inside it."""
+
+    layers: str
+    attention: str
+    final: str
+    """The module whose output is the encoder's last hidden state."""
+    pool: str = ""
+    """A torch MultiheadAttention that pools the tokens, if there is one."""
+
+
+_ANATOMY = {
+    "ViTModel": _Anatomy("layers", "attention", "layernorm"),
+    "CLIPVisionModel": _Anatomy("encoder.layers", "self_attn", "encoder.layers.-1"),
+    "SiglipVisionModel": _Anatomy("encoder.layers", "self_attn", "post_layernorm", "head.attention"),
+    "Dinov2Model": _Anatomy("encoder.layer", "attention", "layernorm"),
+    "Dinov2WithRegistersModel": _Anatomy("encoder.layer", "attention", "layernorm"),
+    "VisionTransformer": _Anatomy("blocks", "attn", "norm"),
+    "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm"),
+}
+_NO_CLASS_TOKEN = ("SiglipVisionModel",)
+
+
+def predecessors(before: Tokens, after: Tokens) -> Tensor:
+    """(B, K): for every token of `after`, the token of `before` that carries the first of its patches; -1 for none.
+
+    For tokens that were kept this is where they came from; for a merged one, the first of those merged.
+    """
+    batch, patches = after.source.shape
+    count = after.x.shape[1]
+    number = torch.arange(patches, device=after.source.device).expand(batch, -1)
+    first = number.new_full((batch, count + 1), patches)
+    first.scatter_reduce_(1, after.source % (count + 1), number, "amin")
+    first = first[:, :count]
+    holder = before.source.gather(1, first.clamp(max=max(patches - 1, 0)))
+    return torch.where(first < patches, holder, DROPPED)
+
+
+class Encoder:
+    """One vision encoder under a host's control.
+
+    Attributes:
+        layers: number of layers.
+        prefix: class and register tokens before the patches.
+        native: (rows, columns) of patches at the configured resolution.
+    """
+
+    def __init__(self, host: Host, tower: Any) -> None:
+        kind = type(tower).__name__
+        self.host, self.tower = host, tower
+        self.timm = not hasattr(tower, "config")
+        anatomy = _ANATOMY[kind]
+        self.blocks: Any = tower.get_submodule(anatomy.layers)
+        self.attentions = [block.get_submodule(anatomy.attention) for block in self.blocks]
+        self.final = self.blocks[-1] if anatomy.final.endswith(".-1") else tower.get_submodule(anatomy.final)
+        self.pool = _submodule(tower, anatomy.pool)
+        self.layers = len(self.blocks)
+        if self.timm:
+            self.prefix = tower.num_prefix_tokens
+            self.patch = _pair(tower.patch_embed.patch_size)
+            self.native = tower.patch_embed.grid_size
+        else:
+            config = tower.config
+            self.prefix = 0 if kind in _NO_CLASS_TOKEN else 1 + getattr(config, "num_register_tokens", 0)
+            self.patch = _pair(config.patch_size)
+            height, width = _pair(config.image_size)
+            self.native = (height // self.patch[0], width // self.patch[1])
+        self.grid: tuple[int, int] = self.native
+        self.taps: dict[int, Tap] = {}
+        self._steps: list[tuple[int, Tokens]] = []
+        self._source_grid: tuple[int, int] = self.native
+
+    @property
+    def resizable(self) -> bool:
+        """Whether pictures of another resolution can go in (position embeddings are interpolated)."""
+        return not self.timm or bool(getattr(self.tower, "dynamic_img_size", False))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return (*(("vision.pixels",) if self.resizable else ()), "vision.patches", "vision.layer", "vision.output")
+
+    def hook(self, reads: set[int]) -> None:
+        """Registers what the host's plan needs; `reads` are the layers whose attention is asked for."""
+        plan, host = self.host.plan, self.host
+        host.pre(self.tower, self._begin)
+        for index, block in enumerate(self.blocks):
+            if index == 0 or "vision.layer" in plan:
+                host.pre(block, self._layer_hook(index))
+        for index in sorted(reads):
+            tap = tap_timm if self.timm else tap_transformers
+            self.taps[index] = tap(host, self.attentions[index])
+        if {"vision.patches", "vision.layer"} & plan.keys():
+            for index, attention in enumerate(self.attentions):
+                host.pre(attention, self._mask_hook(index))
+        if self.pool is not None:
+            host.pre(self.pool, self._mask_pool)
+
+    def after(self, layer: int) -> Tokens:
+        """The tokens at the output of a layer, with the features they had when they last changed."""
+        return [tokens for step, tokens in self._steps if step <= layer][-1]
+
+    def settle(self, tokens: Tokens) -> None:
+        """Notes what the tokens became at the encoder's output."""
+        self._steps.append((self.layers, tokens))
+
+    def clear(self) -> None:
+        """Lets go of the recorded queries and keys."""
+        for tap in self.taps.values():
+            tap.clear()
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        arguments = {"x": args[0], **kwargs} if self.timm else named(module, args, kwargs)
+        key = "x" if self.timm else "pixel_values"
+        pixels = arguments[key]
+        self._steps.clear()
+        self._source_grid = self.grid = self._grid_of(pixels)
+        if "vision.pixels" not in self.host.plan:
+            return None
+        entered = torch.full((pixels.shape[0],), self.grid[0] * self.grid[1], device=pixels.device)
+        method = self.host.plan["vision.pixels"]
+        changed = self._handle_pixels(method, pixels, entered)
+        if changed is pixels:
+            return None
+        self.grid = self._grid_of(changed)
+        arguments[key] = changed
+        if self.timm:
+            return (arguments.pop("x"),), arguments
+        if "interpolate_pos_encoding" in type(module).forward.__code__.co_varnames or hasattr(
+            module.embeddings, "interpolate_pos_encoding"
+        ):
+            arguments["interpolate_pos_encoding"] = True
+        return (), arguments
+
+    def _handle_pixels(self, method: Any, pixels: Tensor, entered: Tensor) -> Tensor:
+        from foveate.method import Stage
+
+        active = torch.ones_like(entered, dtype=torch.bool)
+        at = Stage("vision.pixels", -1, self.host.shape, VisionSignals(self, None), entered, active)
+        result: Tensor = getattr(method, method.handlers()["vision.pixels"])(pixels, at)
+        return result
+
+    def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        return pixels.shape[-2] // self.patch[0], pixels.shape[-1] // self.patch[1]
+
+    def _layer_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            plan = self.host.plan
+            prefix, patches = hidden[:, : self.prefix], hidden[:, self.prefix :]
+            if index == 0:
+                tokens = self._enter(patches)
+                self._steps.append((0, tokens))
+            else:
+                tokens = self.after(index).with_x(patches)
+            result = tokens
+            if index == 0 and "vision.patches" in plan:
+                result = self._run("vision.patches", -1, result)
+            if "vision.layer" in plan:
+                result = self._run("vision.layer", index, result)
+            if result is tokens:
+                return None
+            self._steps.append((index, result))
+            hidden = torch.cat([prefix, result.x], 1)
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def _enter(self, patches: Tensor) -> Tokens:
+        """The tokens of a fresh picture; if it came in at another resolution, each stands for a cell of patches."""
+        tokens = Tokens.from_grid(patches, self.grid)
+        if self.grid == self._source_grid:
+            return tokens
+        (rows, columns), (full_rows, full_columns) = self.grid, self._source_grid
+        device = patches.device
+        y = torch.arange(full_rows, device=device) * rows // full_rows
+        x = torch.arange(full_columns, device=device) * columns // full_columns
+        source = (y[:, None] * columns + x).reshape(1, -1).expand(patches.shape[0], -1)
+        size = torch.zeros_like(tokens.size).scatter_add(1, source, torch.ones_like(source))
+        scale = torch.tensor([1.0, full_rows / rows, full_columns / columns], device=device)
+        position = torch.where(scale == 1, tokens.position, (tokens.position + 0.5) * scale - 0.5)
+        return Tokens(patches, position, size, source)
+
+    def _run(self, stage: str, layer: int, tokens: Tokens) -> Tokens:
+        signals = VisionSignals(self, tokens)
+        entered = self._steps[0][1].count
+        return self.host.run(stage, layer, tokens, signals, entered, torch.ones_like(entered, dtype=torch.bool))
+
+    def _mask_hook(self, index: int) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            valid = self.valid(index)
+            if valid is None:
+                return None
+            arguments = named(module, args, kwargs)
+            if self.timm:
+                arguments["attn_mask"] = valid[:, None, None, :]
+                hidden = arguments.pop("x")
+            else:
+                hidden = arguments.pop("hidden_states")
+                arguments["attention_mask"] = create_bidirectional_mask(self.tower.config, hidden, valid)
+            return (hidden,), arguments
+
+        return hook
+
+    def valid(self, layer: int) -> Tensor | None:
+        """(B, prefix + N) bool: what can be seen in a layer; None for all."""
+        tokens = self.after(layer)
+        if tokens.valid is None:
+            return None
+        return torch.cat([tokens.valid.new_ones(tokens.valid.shape[0], self.prefix), tokens.valid], 1)
+
+    def _mask_pool(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        valid = self.valid(self.layers)
+        return None if valid is None else (args, {**kwargs, "key_padding_mask": ~valid})
+
+
+class VisionSignals:
+    """The signals of a vision encoder (see `foveate.method.Signals`)."""
+
+    def __init__(self, encoder: Encoder, tokens: Tokens | None) -> None:
+        self._encoder, self._tokens = encoder, tokens
+
+    def attention(self, layer: int) -> Attention:
+        encoder = self._encoder
+        if layer not in encoder.taps:
+            raise RuntimeError(f"name 'vision.attention[{layer}]' in Method.reads to look at it")
+        query, key, scaling = encoder.taps[layer].read()
+        assert self._tokens is not None
+        # Tokens may have been dropped since: look each up by the patch that it carries.
+        columns = predecessors(encoder.after(layer), self._tokens).clamp(min=0) + encoder.prefix
+        valid = encoder.valid(layer)
+        return Attention(query.detach(), key.detach(), scaling, False, valid, valid, columns)
+
+    def cls_attention(self, layer: int) -> Tensor:
+        if self._encoder.prefix == 0:
+            raise InputError(f"{type(self._encoder.tower).__name__} has no class token")
+        attention = self.attention(layer)
+        row = attention.rows(attention.visual.new_zeros(attention.visual.shape[0], 1)).mean(1).squeeze(1)
+        return row.gather(1, attention.visual)
+
+    def keys(self, layer: int) -> Tensor:
+        attention = self.attention(layer)
+        keys = attention.key.transpose(1, 2).flatten(2)
+        return keys.gather(1, attention.visual.unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
+
+    def text_to_vision(self, layer: int) -> Tensor:
+        raise InputError("text_to_vision is a signal of language models; this stage is in the vision encoder")
+
+    def text_embeddings(self) -> Tensor:
+        raise InputError("a vision encoder has no text")
+
+    def grid(self) -> tuple[int, int]:
+        return self._encoder._source_grid
+
+
+class VisionHost(Host):
+    """A model that is a vision encoder, with or without a head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        towers = [module for module in model.modules() if type(module).__name__ in _ANATOMY]
+        self.encoder = Encoder(self, towers[0])
+        family = "timm" if self.encoder.timm else "hf-vision"
+        last = self.encoder.layers - 1
+        self.shape = HostShape(
+            family, self.encoder.stages, self.encoder.layers, last, self.encoder.prefix, self.encoder.native
+        )
+
+    def hook(self) -> None:
+        reads = {
+            layer for method in self.plan.values() for kind, layer in map(split_read, method.reads(self.shape))
+            if kind == "vision"
+        }  # fmt: skip
+        self.pre(self.encoder.tower, self._forget)
+        self.encoder.hook(reads)
+        self.post(self.encoder.final, self._output)
+
+    def _forget(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.trace.clear()
+
+    def _output(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        encoder = self.encoder
+        prefix, patches = output[:, : encoder.prefix], output[:, encoder.prefix :]
+        before = tokens = encoder.after(encoder.layers - 1).with_x(patches)
+        if "vision.output" in self.plan:
+            tokens = encoder._run("vision.output", -1, tokens)
+            encoder.settle(tokens)
+        encoder.clear()
+        if tokens.valid is not None:
+            # A head that averages over the tokens must not see padding; tokens that equal the mean leave it as it is.
+            weight = tokens.valid.unsqueeze(-1).to(tokens.x.dtype)
+            mean = (tokens.x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+            tokens = tokens.with_x(torch.where(tokens.valid.unsqueeze(-1), tokens.x, mean))
+        return None if tokens is before else torch.cat([prefix, tokens.x], 1)
+
+
+def split_read(name: str) -> tuple[str, int]:
+    """("vision", 22) from "vision.attention[22]"."""
+    kind, _, rest = name.partition(".attention[")
+    return kind, int(rest.rstrip("]"))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path) if path else None
+    except AttributeError:
+        return None

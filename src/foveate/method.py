@@ -1,0 +1,331 @@
+"""What a method is: a class with a `Card`, handlers bound to stages with `@at`, and `Claim`s that can be checked.
+
+```python
+@register
+class KeepFirst(Method):
+    card = Card(slug="keep-first", title="…", arxiv="0000.00000", kind="reduce", hosts=("hf-vlm",), summary="…")
+
+    def __init__(self, *, keep: float = 0.5) -> None:
+        self.keep = share("keep", keep)
+
+    @at("vision.output")
+    def shorten(self, tokens: Tokens, at: Stage) -> Tokens:
+        return tokens.keep(...)
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from foveate.nn.attention import Attention
+
+KINDS = ("reduce", "connect", "tokenize", "image", "video", "decode", "diffuse", "guide", "learn", "probe", "sequence")
+
+STAGES = {
+    "vision.pixels": "the picture (B, 3, H, W) before the vision encoder",
+    "vision.patches": "patch embeddings before the first encoder layer",
+    "vision.layer": "the input of each encoder layer, 0-based",
+    "vision.output": "the encoder's features that the host uses, before the projector",
+    "projector": "the projector's output",
+    "llm.layer": "the input of each language-model layer, 0-based: layer s sees what s layers have made",
+}
+"""The places where tokens may change."""
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message is one line that says why and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A method's metadata.
+
+    Attributes:
+        slug, title, arxiv, year: of the paper; `arxiv` is its number, "" for a baseline.
+        kind: one of `KINDS`.
+        hosts: families the method applies to: "hf-vlm", "hf-vision", "timm".
+        summary: one sentence for `foveate methods`.
+        training_free: whether it works without trained weights of its own.
+        identity: arguments with which the method changes nothing, where there are such.
+        parameters: hyperparameter -> one line on what it means.
+    """
+
+    slug: str
+    title: str
+    arxiv: str
+    kind: str
+    hosts: tuple[str, ...]
+    summary: str
+    year: int = 0
+    training_free: bool = True
+    baseline: bool = False
+    identity: Mapping[str, Any] | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A number that can be checked here without the authors' weights.
+
+    Attributes:
+        what: what is counted, in words.
+        kind: "flops", "kv_bytes", "tokens", "parameters", "steps" or "value" (a function of the method alone).
+        figure: the figure to compare with.
+        tolerance: relative.
+        source: where the figure stands ("Table 3"), or "card" where it was counted for the paper's card.
+        architecture: a name of `foveate.hosts.architectures`; "" for "value".
+        settings: the method's arguments.
+        counting: for "flops", the convention: see `foveate.measure.claims`.
+        visual, text: tokens of the prompt.
+        value: for "value", a function of the method that returns our figure.
+    """
+
+    what: str
+    kind: str
+    figure: float
+    source: str
+    tolerance: float = 0.01
+    architecture: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    counting: str = ""
+    visual: int = 576
+    text: int = 0
+    value: Callable[[Any], float] | None = None
+
+
+@dataclass(frozen=True)
+class HostShape:
+    """The facts about a host that a method may need before it runs.
+
+    Attributes:
+        family: "hf-vlm", "hf-vision" or "timm".
+        stages: the stages that this host has.
+        vision_layers: depth of the vision encoder, 0 if there is none.
+        feature_layer: 0-based encoder layer whose output the host uses (LLaVA-1.5: 22 of 24).
+        prefix: class and register tokens before the patches.
+        grid: (rows, columns) of patches of one crop at the encoder's native resolution.
+        llm_layers: depth of the language model, 0 if there is none.
+    """
+
+    family: str
+    stages: tuple[str, ...]
+    vision_layers: int
+    feature_layer: int
+    prefix: int
+    grid: tuple[int, int]
+    llm_layers: int = 0
+
+
+class Signals(Protocol):
+    """What a method may ask its host for. Nothing is computed before it is asked for."""
+
+    def attention(self, layer: int) -> Attention:
+        """The attention of an encoder or language-model layer that has run (named in `Method.reads`), lazily."""
+
+    def cls_attention(self, layer: int) -> Tensor:
+        """(B, N) head-mean attention of the class token to each patch. InputError without a class token."""
+
+    def keys(self, layer: int) -> Tensor:
+        """(B, N, C) key projections of the patches in an encoder layer that has run."""
+
+    def text_to_vision(self, layer: int) -> Tensor:
+        """(B, N) attention that each visual token gets from the instruction, in the layer about to run.
+
+        Softmax over all keys, mean over heads. The query is the last prompt token; in training, every position right
+        before a supervised answer, averaged.
+        """
+
+    def text_embeddings(self) -> Tensor:
+        """(B, T, D) input embeddings of the prompt's text tokens, zero where a prompt is shorter."""
+
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of source patches of one crop."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a handler is called.
+
+    Attributes:
+        name: one of `STAGES`.
+        layer: 0-based layer, -1 where the stage has none.
+        host: facts about the host.
+        signals: see `Signals`.
+        entered: (B,) long, tokens of each sample when they entered this part of the host (encoder, language model).
+        active: (B,) bool, False for samples that the method has to leave alone (training without a supervised answer).
+    """
+
+    name: str
+    layer: int
+    host: HostShape
+    signals: Signals
+    entered: Tensor
+    active: Tensor
+
+    @property
+    def label(self) -> str:
+        return self.name if self.layer < 0 else f"{self.name}[{self.layer}]"
+
+
+Handler = Callable[[Any, Any, Stage], Any]
+_H = TypeVar("_H", bound=Callable[..., Any])
+
+
+def at(stage: str) -> Callable[[_H], _H]:
+    """Marks a method of a `Method` as the handler of a stage: `(tokens, at) -> Tokens`.
+
+    At "vision.pixels" the handler gets and returns pixels (B, 3, H, W) instead.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
+
+    def mark(handler: _H) -> _H:
+        handler.stage = stage  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+class Method:
+    """Base of all methods. Subclasses set `card`, validate keyword-only hyperparameters and mark handlers with `@at`."""
+
+    card: ClassVar[Card]
+    claims: ClassVar[tuple[Claim, ...]] = ()
+    renumbers: ClassVar[bool] = True
+    """Whether kept tokens get consecutive positions in the language model; False keeps the original ones."""
+
+    @classmethod
+    def handlers(cls) -> dict[str, str]:
+        """stage -> name of the handler, in definition order."""
+        found: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            for name, value in vars(base).items():
+                if stage := getattr(value, "stage", None):
+                    found[stage] = name
+        return found
+
+    @classmethod
+    def for_budget(cls, budget: float, host: HostShape) -> Method:
+        """The method set up so that visual tokens, averaged over the language model's layers, are `budget` of all.
+
+        This is what makes methods comparable that spend their tokens at different depths. Without a language model
+        the share is that of the encoder's output. Raises InputError where the method cannot reach the budget.
+        """
+        return cls(keep=budget)  # type: ignore[call-arg]
+
+    def check(self, host: HostShape) -> None:
+        """Raises InputError where the hyperparameters do not fit the host."""
+
+    def reads(self, host: HostShape) -> tuple[str, ...]:
+        """Attention layers whose queries and keys the method looks at after they ran: "vision.attention[22]"."""
+        return ()
+
+    def acts_at(self, host: HostShape) -> tuple[str, ...]:
+        """The stages this instance uses; by default all that it has handlers for."""
+        return tuple(self.handlers())
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """name -> value, as given to the constructor."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+        return f"{type(self).__name__}({settings})"
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(cls: _M) -> _M:
+    """Enters a method class into the registry under its card's slug. Raises ValueError for a bad or taken slug."""
+    slug = cls.card.slug
+    if cls.card.kind not in KINDS:
+        raise ValueError(f"{slug}: kind must be one of {', '.join(KINDS)}, not {cls.card.kind!r}")
+    if slug in _REGISTRY and _REGISTRY[slug].__qualname__ != cls.__qualname__:
+        raise ValueError(f"two methods are named {slug!r}")
+    _REGISTRY[slug] = cls
+    return cls
+
+
+def registry() -> dict[str, type[Method]]:
+    """slug -> class of every method, baselines first, then by name."""
+    package = importlib.import_module("foveate.methods")
+    for module in pkgutil.walk_packages(package.__path__, "foveate.methods."):
+        importlib.import_module(module.name)
+    return dict(sorted(_REGISTRY.items(), key=lambda item: (not item[1].card.baseline, item[0])))
+
+
+def method_class(slug: str) -> type[Method]:
+    """The class registered under `slug`; InputError with the nearest names otherwise."""
+    known = registry()
+    if slug not in known:
+        raise InputError(f"unknown method {slug!r}; {did_you_mean(slug, known)}")
+    return known[slug]
+
+
+def build(method: str | Method, settings: Mapping[str, Any] | None = None) -> Method:
+    """A method from its name and keyword settings, or the instance itself. InputError for unknown names or settings."""
+    if isinstance(method, Method):
+        if settings:
+            raise InputError("settings go with a method's name, not with an instance")
+        return method
+    cls = method_class(method)
+    names = list(inspect.signature(cls).parameters)
+    for name in settings or {}:
+        if name not in names:
+            raise InputError(f"{method} has no setting {name!r}; it has {', '.join(names) or 'none'}")
+    return cls(**(settings or {}))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause that offers the nearest names."""
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+
+
+def share(name: str, value: float) -> float:
+    """`value` if it is a number in (0, 1], else an InputError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise InputError(f"{name} must be in (0, 1], not {value!r}")
+    return float(value)
+
+
+def whole(name: str, value: int, least: int = 0) -> int:
+    """`value` if it is a whole number >= least, else an InputError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}, not {value!r}")
+    return value
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> str:
+    """`value` if it is one of `options`, else an InputError that names it."""
+    if value not in options:
+        raise InputError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+    return value
+
+
+def at_depth(name: str, value: int | float, layers: int) -> int:
+    """A layer of a host with `layers` layers: a whole number is the layer itself, a float in (0, 1) a share of depth."""
+    layer = round(value * layers) if isinstance(value, float) else value
+    if not 0 <= layer < layers:
+        raise InputError(f"{name}: this host has layers 0..{layers - 1}, not {layer}")
+    return layer
+
+
+def floor_share(count: Tensor, ratio: float) -> Tensor:
+    """`int(count * ratio)` of each sample, at least 1 where there is a token at all. Exact for decimal ratios."""
+    # 0.29 * 100 is 28.999… in binary; a token is not lost to that.
+    return (count.double() * ratio + 1e-9).long().clamp(min=1).minimum(count)
+

@@ -1,0 +1,203 @@
+"""`Tokens`: a set of visual tokens that knows which source patch every token stands for.
+
+A method never indexes features by hand. It calls one of five verbs (`keep`, `merge`, `mix`, `pool`, `append`), each of
+which returns a new `Tokens` whose provenance is right, so that overlays, coverage and token counts come for free.
+
+Shapes: B samples (or crops, at the vision stages), N tokens, M source patches, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DROPPED = -1
+"""The entry of `source` for a patch that no token carries, and of an index for "no token here"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """An immutable set of tokens.
+
+    Attributes:
+        x: (B, N, C) features.
+        position: (B, N, 3) float, (t, y, x) in source-patch units; the mean over the patches of a merged token.
+        size: (B, N) long, how many source patches each token stands for.
+        source: (B, M) long, the token that carries source patch m now, -1 where it was dropped.
+        valid: (B, N) bool, False for padding (samples keep different numbers) and for tokens that stay in the
+            sequence but are hidden from attention; None means that all are valid.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+
+    x: Tensor
+    position: Tensor
+    size: Tensor
+    source: Tensor
+    valid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        batch, count = self.x.shape[:2]
+        if self.position.shape != (batch, count, 3):
+            raise ValueError(f"position must be {(batch, count, 3)}, not {tuple(self.position.shape)}")
+        if self.size.shape != (batch, count):
+            raise ValueError(f"size must be {(batch, count)}, not {tuple(self.size.shape)}")
+        if self.source.ndim != 2 or self.source.shape[0] != batch:
+            raise ValueError(f"source must be ({batch}, M), not {tuple(self.source.shape)}")
+        if self.valid is not None and self.valid.shape != (batch, count):
+            raise ValueError(f"valid must be {(batch, count)}, not {tuple(self.valid.shape)}")
+
+    @classmethod
+    def from_grid(cls, x: Tensor, grid: tuple[int, ...]) -> Tokens:
+        """One token a patch, in raster order: x (B, T*H*W, C), grid (H, W) or (T, H, W)."""
+        t, h, w = (1, *grid) if len(grid) == 2 else grid
+        batch, count = x.shape[:2]
+        if count != t * h * w:
+            raise ValueError(f"a grid of {t}x{h}x{w} has {t * h * w} patches, x has {count} tokens")
+        axes = [torch.arange(n, device=x.device, dtype=torch.float32) for n in (t, h, w)]
+        position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, count, 3)
+        source = torch.arange(count, device=x.device).expand(batch, count)
+        return cls(x, position.expand(batch, count, 3), torch.ones_like(source), source)
+
+    @property
+    def count(self) -> Tensor:
+        """(B,) long: valid tokens of each sample."""
+        if self.valid is None:
+            return torch.full((self.x.shape[0],), self.x.shape[1], device=self.x.device)
+        return self.valid.sum(1)
+
+    def mask(self) -> Tensor:
+        """(B, N) bool: `valid`, also where it is None."""
+        if self.valid is None:
+            return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        return self.valid
+
+    def with_x(self, x: Tensor) -> Tokens:
+        """The same tokens with other features (B, N, any C)."""
+        return replace(self, x=x)
+
+    def keep(self, index: Tensor) -> Tokens:
+        """Keeps the tokens at `index` (B, K) long, in that order; the others are dropped.
+
+        -1 marks "no token": a sample that keeps fewer than K. An index must not repeat within a sample.
+        """
+        filled = index.clamp(min=0)
+        present = index >= 0
+        # Where in the new order each old token stands; the extra column takes the writes of "no token" and
+        # answers for patches that were dropped before.
+        slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        rank = self.source.new_full((index.shape[0], self.x.shape[1] + 1), DROPPED)
+        rank.scatter_(1, torch.where(present, index, self.x.shape[1]), slots)
+        rank[:, -1] = DROPPED
+        valid = None if self.valid is None else self.valid.gather(1, filled)
+        if not bool(present.all()):
+            valid = present if valid is None else valid & present
+        return Tokens(
+            x=self.x.gather(1, filled.unsqueeze(-1).expand(-1, -1, self.x.shape[2])),
+            position=self.position.gather(1, filled.unsqueeze(-1).expand(-1, -1, 3)),
+            size=self.size.gather(1, filled) * present,
+            source=rank.gather(1, self.source % rank.shape[1]),
+            valid=valid,
+        )
+
+    def merge(self, into: Tensor, weight: Tensor | None = None, groups: int | None = None) -> Tokens:
+        """Averages tokens in groups: token j goes into group `into[b, j]` (B, N), -1 drops it.
+
+        Args:
+            into: (B, N) long in -1..G-1. Tokens that are not valid are left out whatever it says.
+            weight: (B, N) float > 0, None for a plain mean; pass `size` for ToMe's proportional mean.
+            groups: G; read from `into` if None.
+        """
+        batch, count, channels = self.x.shape
+        into = into if self.valid is None else torch.where(self.valid, into, DROPPED)
+        groups = int(into.max()) + 1 if groups is None else groups
+        share = (into >= 0).to(torch.float32) if weight is None else weight.float() * (into >= 0)
+        target = into.clamp(min=0)
+
+        def total(values: Tensor) -> Tensor:
+            out = values.new_zeros(batch, groups, values.shape[-1])
+            return out.scatter_add(1, target.unsqueeze(-1).expand_as(values), values)
+
+        mass = total(share.unsqueeze(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+        patches = self.size * (into >= 0)
+        size = total(patches.unsqueeze(-1)).squeeze(-1)
+        position = total(self.position * patches.unsqueeze(-1)) / size.clamp(min=1).unsqueeze(-1)
+        members = total((into >= 0).long().unsqueeze(-1)).squeeze(-1)
+        moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
+        valid = members > 0
+        return Tokens(
+            x=(total(self.x.float() * share.unsqueeze(-1)) / mass).to(self.x.dtype),
+            position=position,
+            size=size,
+            source=moved.gather(1, self.source % (count + 1)),
+            valid=None if bool(valid.all()) else valid,
+        )
+
+    def mix(self, weights: Tensor) -> Tokens:
+        """Soft assignment: new token k is `sum_j weights[b, k, j] * x[b, j]`, weights (B, K, N).
+
+        Each patch is counted with the new token that its old token gives most weight to.
+        """
+        if self.valid is not None:
+            weights = weights * self.valid.unsqueeze(1)
+        owner = weights.argmax(1)
+        owner = torch.where(self.mask() & (weights.amax(1) > 0), owner, DROPPED)
+        hard = self.merge(owner, groups=weights.shape[1])
+        return replace(hard, x=(weights.to(self.x.dtype) @ self.x), valid=None)
+
+    def pool(self, factor: float | tuple[float, float]) -> Tokens:
+        """Averages the tokens of each cell of `factor` (y, x) patches; cells need not be whole numbers of patches.
+
+        Tokens of different t are never averaged. Cells without a token do not appear.
+        """
+        fy, fx = factor if isinstance(factor, tuple) else (factor, factor)
+        if fy < 1 or fx < 1:
+            raise ValueError(f"factor must be at least 1, not {factor}")
+        t, y, x = self.position.unbind(-1)
+        rows = ((y + 0.5) / fy).long()
+        columns = ((x + 0.5) / fx).long()
+        width, height = int(columns.max()) + 1, int(rows.max()) + 1
+        pooled = self.merge((t.long() * height + rows) * width + columns, groups=(int(t.max()) + 1) * height * width)
+        return pooled if pooled.valid is None else pooled.keep(compact(pooled.valid))
+
+    def append(self, other: Tokens) -> Tokens:
+        """The tokens of both, `other` last; its source patches follow this one's."""
+        moved = torch.where(other.source >= 0, other.source + self.x.shape[1], DROPPED)
+        valid = None
+        if self.valid is not None or other.valid is not None:
+            valid = torch.cat([self.mask(), other.mask()], 1)
+        return Tokens(
+            x=torch.cat([self.x, other.x], 1),
+            position=torch.cat([self.position, other.position], 1),
+            size=torch.cat([self.size, other.size], 1),
+            source=torch.cat([self.source, moved], 1),
+            valid=valid,
+        )
+
+
+def compact(chosen: Tensor) -> Tensor:
+    """Indices (B, K) of the True entries of `chosen` (B, N), ascending, -1 where a sample has fewer than K."""
+    count = chosen.sum(1)
+    width = int(count.max())
+    order = torch.sort((~chosen).to(torch.uint8), dim=1, stable=True).indices[:, :width]
+    return torch.where(torch.arange(width, device=chosen.device) < count.unsqueeze(1), order, DROPPED)
+
+
+def topk_in_order(score: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
+    """Indices (B, K) of the k highest scores of each sample, ascending; of equal scores the first is taken.
+
+    Args:
+        score: (B, N) float.
+        k: how many, one number or (B,) long; K is the largest. Capped at the number of valid tokens.
+        valid: (B, N) bool; entries that are False are never taken.
+    """
+    if valid is not None:
+        score = score.masked_fill(~valid, float("-inf"))
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device).expand_as(order))
+    budget = k.unsqueeze(1) if isinstance(k, Tensor) else k
+    chosen = rank < budget
+    return compact(chosen if valid is None else chosen & valid)
