@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from foveate.hosts.host import Host, named
 from foveate.hosts.taps import Tap, tap_timm, tap_transformers
-from foveate.method import HostShape, InputError
+from foveate.method import HostShape, InputError, Stage
 from foveate.nn.attention import Attention
 from foveate.tokens import DROPPED, Tokens
 
@@ -149,15 +149,12 @@ class Encoder:
         arguments[key] = changed
         if self.timm:
             return (arguments.pop("x"),), arguments
-        if "interpolate_pos_encoding" in type(module).forward.__code__.co_varnames or hasattr(
-            module.embeddings, "interpolate_pos_encoding"
-        ):
+        # DINOv2 interpolates its position embeddings unasked.
+        if not type(module).__name__.startswith("Dinov2"):
             arguments["interpolate_pos_encoding"] = True
         return (), arguments
 
     def _handle_pixels(self, method: Any, pixels: Tensor, entered: Tensor) -> Tensor:
-        from foveate.method import Stage
-
         active = torch.ones_like(entered, dtype=torch.bool)
         at = Stage("vision.pixels", -1, self.host.shape, VisionSignals(self, None), entered, active)
         result: Tensor = getattr(method, method.handlers()["vision.pixels"])(pixels, at)

@@ -1,0 +1,1 @@
+"""Fewer tokens inside an existing model: drop, merge, exit, skip."""

@@ -1,0 +1,753 @@
+"""LLaVA-1.5 and LLaVA-NeXT of transformers: vision tower, projector, language model.
+
+How a shorter sequence gets through unmodified model code:
+
+* Up to the projector, tokens are really fewer. After it they are put back on as many slots as the model expects,
+  zeros between them, so that its check of image tokens against image features holds.
+* At the language model's entry the empty slots leave the sequence. From there on hidden states, positions, masks and
+  cache entries are those of the tokens that are left; a layer where tokens were dropped has a shorter cache.
+* The language model's output gets its full length back: a dropped position repeats the last token before it that is
+  left, which is the one whose prediction comes next. So logits and labels keep their shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from foveate.hosts.host import Host, Record, named
+from foveate.hosts.taps import Tap, tap_transformers
+from foveate.hosts.vision import Encoder, VisionSignals, predecessors, split_read
+from foveate.method import HostShape, InputError
+from foveate.nn.attention import Attention, attention_rows
+from foveate.tokens import DROPPED, Tokens, compact
+
+_NEWLINE = -1
+"""In a stream of slot numbers: LLaVA-NeXT's end-of-row token, which belongs to no patch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """The language model's sequence at some depth, S tokens of B samples.
+
+    Attributes:
+        index: (B, S) long, where each token stood in the sequence that the user gave; -1 for padding.
+        valid: (B, S) bool, False for padding and for tokens hidden from attention; None if all can be seen.
+        positions: (B, S) long position ids.
+        tokens: the visual tokens among them.
+        slots: (B, N) long, where each visual token stands in the sequence; -1 for padding.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    positions: Tensor
+    tokens: Tokens
+    slots: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        return self.index >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """What decoding must know of the prefill of one layer: `valid` (B, S) or None, its length S, the next position."""
+
+    valid: Tensor | None
+    length: int
+    next_position: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """Where everything in one image's features came from; n features, C crops, M patches a crop.
+
+    It rides on the feature tensor itself: `generate` encodes pictures once, repeats them for beams and hands them to
+    every forward.
+
+    Attributes:
+        alive: (n,) bool, False for slots that hold no token any more.
+        position: (n, 3) float, (crop, y, x).
+        by_patch: (C * M,) long, the feature that carries each source patch, -1 where none does.
+        crops: C.
+        records: what the methods in the vision encoder did, for the trace.
+    """
+
+    alive: Tensor
+    position: Tensor
+    by_patch: Tensor
+    crops: int
+    records: tuple[Record, ...] = ()
+
+    @classmethod
+    def unknown(cls, count: int) -> EncodedImage:
+        """For features that were computed before methods were applied: every feature is its own source."""
+        number = torch.arange(count)
+        position = torch.stack([0 * number, 0 * number, number], 1).float()
+        return cls(torch.ones(count, dtype=torch.bool), position, number, 1)
+
+
+@dataclass(eq=False)
+class _Inputs:
+    """What the user passed to the current forward."""
+
+    visual: Tensor
+    """(B, S) bool, the image placeholders."""
+    labels: Tensor | None
+    images: list[EncodedImage]
+
+
+class LlavaHost(Host):
+    """`LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.inner: Any = model.model
+        self.config: Any = model.config
+        self.encoder = Encoder(self, self.inner.vision_tower)
+        self.language: Any = self.inner.language_model
+        self.depth = len(self.language.layers)
+        feature = self.config.vision_feature_layer
+        feature = max(feature) if isinstance(feature, list | tuple) else feature
+        # hidden_states[0] is the embedding, so state k is the output of layer k - 1.
+        layer = (feature if feature >= 0 else self.encoder.layers + 1 + feature) - 1
+        self.shape = HostShape(
+            family="hf-vlm",
+            stages=(*self.encoder.stages, "projector", "llm.layer"),
+            vision_layers=self.encoder.layers,
+            feature_layer=layer,
+            prefix=self.encoder.prefix,
+            grid=self.encoder.native,
+            llm_layers=self.depth,
+        )
+        self.crops: Tokens | None = None
+        self.sequence: Sequence | None = None
+        self.full_length = 0
+        self._taps: dict[int, Tap] = {}
+        self._inputs: _Inputs | None = None
+        self._labels: Tensor | None = None
+        self._slots: Tensor | None = None
+        self._images: list[EncodedImage] = []
+        self._prompt: int | None = None
+        self._masks: tuple[Any, Any, Any] | None = None
+        self._past: list[Remembered] | None = None
+        self._memory: list[Remembered] = []
+        self._remembered: Sequence | None = None
+        self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
+        self._late_mask: Tensor | None = None
+        self._cache: Any = None
+        self._new = 0
+        self._entry: Sequence | None = None
+
+    # -- hooks
+
+    def hook(self) -> None:
+        reads: dict[str, set[int]] = {"vision": set(), "llm": set()}
+        for method in dict.fromkeys(self.plan.values()):
+            for kind, layer in map(split_read, method.reads(self.shape)):
+                reads[kind].add(layer)
+        self.pre(self.model, self._note_labels)
+        self.pre(self.inner, self._note_inputs)
+        if any(stage.startswith("vision") or stage == "projector" for stage in self.plan):
+            self.encoder.hook(reads["vision"])
+            self.pre(self.inner.multi_modal_projector, self._before_projector)
+            self.post(self.inner.multi_modal_projector, self._after_projector)
+        self.pre(self.language, self._enter_language)
+        for index, layer in enumerate(self.language.layers):
+            self.pre(layer, self._layer_hook(index))
+        for index in sorted(reads["llm"]):
+            self._taps[index] = tap_transformers(self, self.language.layers[index].self_attn)
+        self.post(self.language, self._leave_language)
+        # Without the cache every step of generate is a forward over prompt and answer; methods must still decide by
+        # the prompt alone. Only generate knows where it ends.
+        generate = self.model.generate
+
+        @functools.wraps(generate)
+        def noting_the_prompt(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else next((kwargs[k] for k in ("inputs", "input_ids") if k in kwargs), None)
+            given = kwargs.get("inputs_embeds") if given is None else given
+            self._prompt = None if given is None else given.shape[1]
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._prompt = None
+
+        encode = self.inner.get_image_features
+
+        @functools.wraps(encode)
+        def noting_provenance(*args: Any, **kwargs: Any) -> Any:
+            self.trace, self.crops = [], None
+            sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_sizes")
+            output = encode(*args, **kwargs)
+            features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
+            self._images = self._provenance(features, sizes)
+            for one, image in zip(features, self._images):
+                one.foveate = image
+            return output
+
+        object.__setattr__(self.model, "generate", noting_the_prompt)
+        object.__setattr__(self.inner, "get_image_features", noting_provenance)
+
+    def remove(self) -> None:
+        super().remove()
+        self.model.__dict__.pop("generate", None)
+        self.inner.__dict__.pop("get_image_features", None)
+
+    def _note_labels(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._labels = named(module, args, kwargs).get("labels")
+
+    def _note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = named(module, args, kwargs)
+        labels, self._labels = self._labels, None
+        self._inputs = self.sequence = None
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        if given.get("pixel_values") is None and encoded is None:
+            return
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if ids is not None:
+            visual = ids == self.config.image_token_id
+        else:
+            token = torch.tensor(self.config.image_token_id, device=embeds.device)
+            visual = (embeds == self.inner.get_input_embeddings()(token)).all(-1)
+        if not bool(visual.any()):
+            raise InputError("there is a picture but no image token in the prompt")
+        self._images = []
+        if encoded is not None:
+            images = [getattr(one, "foveate", None) for one in encoded.pooler_output]
+            if None in images and any(stage.startswith(("vision", "projector")) for stage in self.plan):
+                raise InputError("these image features were computed before the method was applied; compute them again")
+            self._images = [
+                image or EncodedImage.unknown(len(one)) for image, one in zip(images, encoded.pooler_output)
+            ]
+        self._inputs = _Inputs(visual, labels, self._images)
+
+    # -- projector
+
+    def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        encoder = self.encoder
+        features = args[0]
+        tokens = encoder.after(self.shape.feature_layer)
+        prefix = features.shape[1] - tokens.x.shape[1]
+        before = tokens = tokens.with_x(features[:, prefix:])
+        if "vision.output" in self.plan:
+            tokens = encoder._run("vision.output", -1, tokens)
+        encoder.clear()
+        self.crops = tokens
+        if tokens is before:
+            return None
+        return (torch.cat([features[:, :prefix], tokens.x], 1), *args[1:]), kwargs
+
+    def _after_projector(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        assert self.crops is not None
+        prefix = output.shape[1] - self.crops.x.shape[1]
+        before = tokens = self.crops.with_x(output[:, prefix:])
+        if "projector" in self.plan:
+            entered = self.encoder._steps[0][1].count
+            active = torch.ones_like(entered, dtype=torch.bool)
+            signals = VisionSignals(self.encoder, tokens)
+            tokens = self.run("projector", -1, tokens, signals, entered, active)
+        self.crops = tokens
+        slots = spread(tokens)
+        self._slots = slots
+        if tokens is before and tokens.x.shape[1] == tokens.source.shape[1]:
+            return None
+        full = tokens.x.new_zeros(tokens.x.shape[0], tokens.source.shape[1] + 1, tokens.x.shape[2])
+        # Padding is written to one slot too many, which is cut off.
+        target = torch.where(slots >= 0, slots, tokens.source.shape[1])
+        full = full.scatter(1, target.unsqueeze(-1).expand_as(tokens.x), tokens.x)
+        return torch.cat([output[:, :prefix], full[:, :-1]], 1)
+
+    # -- the language model's entry
+
+    def _provenance(self, features: list[Tensor], sizes: Tensor | None) -> list[EncodedImage]:
+        """One `EncodedImage` for each image's features (n, D)."""
+        crops = self.crops
+        rows, columns = self.shape.grid
+        patches = rows * columns if crops is None else crops.source.shape[1]
+        prefix = self.encoder.prefix if self.config.vision_feature_select_strategy == "full" else 0
+        width = prefix + patches
+        place = Tokens.from_grid(torch.zeros(1, patches, 0), self._layout(patches)).position[0]
+        place = torch.cat([torch.zeros(prefix, 3), place])
+        records, images, first = tuple(self.trace), [], 0
+        for stream in self._streams(features, sizes, width):
+            count = int(stream.max()) // width + 1
+            real = stream >= 0
+            owner = torch.full((count * width,), DROPPED)
+            owner[stream[real]] = torch.arange(len(stream))[real]
+            owner = owner.reshape(count, width)[:, prefix:]
+            position = place.repeat(count, 1, 1)
+            kept = torch.ones(count, width, dtype=torch.bool)
+            if crops is not None:
+                assert self._slots is not None
+                slots = self._slots[first : first + count].cpu()
+                source = crops.source[first : first + count].cpu()
+                kept[:, prefix:] = False
+                row, token = (slots >= 0).nonzero(as_tuple=True)
+                kept[row, prefix + slots[row, token]] = True
+                position[row, prefix + slots[row, token]] = crops.position[first : first + count].cpu()[row, token]
+                slot = torch.where(source >= 0, slots.gather(1, source.clamp(min=0)), DROPPED)
+                owner = torch.where(slot >= 0, owner.gather(1, slot.clamp(min=0)), DROPPED)
+            position[..., 0] = torch.arange(count).unsqueeze(1)
+            alive = _survivors(stream, kept.reshape(-1))
+            where = position.reshape(-1, 3)[stream.clamp(min=0)]
+            images.append(EncodedImage(alive, where, owner.reshape(-1), count, records))
+            first += count
+        return images
+
+    def _layout(self, patches: int) -> tuple[int, int]:
+        rows, columns = self.encoder._source_grid if self.crops is not None else self.shape.grid
+        return (rows, columns) if rows * columns == patches else (1, patches)
+
+    def _streams(self, features: list[Tensor], sizes: Tensor | None, width: int) -> list[Tensor]:
+        """Per image, the slot (crop * width + slot) of each of its features, _NEWLINE for newlines."""
+        if not hasattr(self.inner, "pack_image_features"):
+            return [torch.arange(len(one)) for one in features]
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        # The model's own packing, run on slot numbers instead of features, tells where every patch goes.
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        assert sizes is not None
+        numbered = [
+            torch.arange(int(image_size_to_num_patches(size, pinpoints, side)) * width).reshape(-1, width, 1).double()
+            for size in sizes
+        ]
+        newline = torch.full((1,), float(_NEWLINE), dtype=torch.float64)
+        strategy = self.config.vision_feature_select_strategy
+        packed, _ = self.inner.pack_image_features(numbered, sizes, strategy, newline)
+        return [one.squeeze(-1).long() for one in packed]
+
+    # -- the language model's entry
+
+    def _visual_tokens(self, embeds: Tensor) -> tuple[Tokens, Tensor]:
+        """The visual tokens of each sample at the language model's entry, and where they stand (B, N), -1 padding.
+
+        Sources are the patches of all crops of a sample, crop by crop, and after them one entry for every token that
+        is no patch (newlines, a class token that the model keeps).
+        """
+        assert self._inputs is not None
+        visual = self._inputs.visual.cpu()
+        images = iter(self._inputs.images)
+        wheres, spots, sources = [], [], []
+        for b, wanted in enumerate(visual.sum(1).tolist()):
+            mine: list[EncodedImage] = []
+            while sum(len(image.alive) for image in mine) < wanted:
+                mine.append(next(images))
+            alive = torch.cat([image.alive for image in mine] or [torch.zeros(0, dtype=torch.bool)])
+            token = torch.where(alive, alive.long().cumsum(0) - 1, DROPPED)
+            patches, position, start, crop = [], [], 0, 0
+            for image in mine:
+                patches.append(torch.where(image.by_patch >= 0, image.by_patch + start, DROPPED))
+                position.append(image.position + torch.tensor([float(crop), 0.0, 0.0]))
+                start, crop = start + len(image.alive), crop + image.crops
+            held = torch.cat([*patches, torch.zeros(0, dtype=torch.long)])
+            by_patch = torch.where(held >= 0, token[held.clamp(min=0)] if len(token) else held, DROPPED)
+            patchless = torch.ones(int(alive.sum()), dtype=torch.bool)
+            patchless[by_patch[by_patch >= 0]] = False
+            sources.append(torch.cat([by_patch, patchless.nonzero().squeeze(1)]))
+            wheres.append(visual[b].nonzero().squeeze(1)[alive])
+            spots.append(torch.cat([*position, torch.zeros(0, 3)])[alive])
+        device = embeds.device
+        pad = nn.utils.rnn.pad_sequence
+        where = pad(wheres, batch_first=True, padding_value=DROPPED).to(device)
+        source = pad(sources, batch_first=True, padding_value=DROPPED).to(device)
+        most = where.shape[1]
+        size = torch.zeros(where.shape[0], most + 1, dtype=torch.long, device=device)
+        size.scatter_add_(1, source % (most + 1), torch.ones_like(source))
+        present = where >= 0
+        tokens = Tokens(
+            _take(embeds, where), pad(spots, batch_first=True).to(device), size[:, :most], source,
+            None if bool(present.all()) else present,
+        )  # fmt: skip
+        return tokens, where
+
+    def _enter_language(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = named(module, args, kwargs)
+        embeds, cache = given["inputs_embeds"], given.get("past_key_values")
+        seen = cache.get_seq_length() if cache is not None else 0
+        self._past = None
+        self.sequence = self._entry = None
+        self._masks = None
+        if seen:
+            if self._inputs is not None and self.plan:
+                raise InputError("pictures must come in the first forward of a cache; this one holds text already")
+            past = getattr(cache, "foveate_prefill", None)
+            if past is None:
+                return None
+            self._past = past
+            return (), self._continue(given, cache)
+        if self._inputs is None:
+            return None
+        self._inputs.images = self._inputs.images or self._images
+        self.trace = list(self._inputs.images[0].records)
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise InputError("a custom 4-D attention mask or a static cache cannot go with fewer tokens; use a 2-D mask")
+        batch, length = embeds.shape[:2]
+        self.full_length = length
+        tokens, where = self._visual_tokens(embeds)
+        index = torch.arange(length, device=embeds.device).expand(batch, -1)
+        positions = given.get("position_ids")
+        positions = index if positions is None else positions.expand(batch, -1)
+        present = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.bool()
+        whole = Sequence(index, None if mask is None else present, positions, tokens, where)
+        # Slots that lost their token leave the sequence; so does the padding, which is laid anew.
+        gone = self._inputs.visual.to(embeds.device)
+        keep_slot = torch.zeros_like(gone)
+        filled = where >= 0
+        keep_slot[filled.nonzero(as_tuple=True)[0], where[filled]] = True
+        dropped = gone & ~keep_slot
+        method = next((m for s, m in self.plan.items() if s in ("vision.output", "projector")), None)
+        self.record("llm.input", "", tokens, tokens)
+        self._memory, self._remembered = [], None
+        if not bool(dropped.any()):
+            self.sequence = self._entry = whole
+            return None
+        renumbers = method is None or method.renumbers
+        sequence, order = shorten(whole, present & ~dropped, renumbers)
+        sequence = replace(sequence, slots=_reslot(order, where))
+        self.sequence = self._entry = sequence
+        given["inputs_embeds"] = _take(embeds, order)
+        given["attention_mask"] = sequence.present if sequence.valid is None else sequence.valid
+        given["position_ids"] = sequence.positions
+        return (), given
+
+    # -- layers
+
+    def _layer_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._past is not None:
+                return self._decode_layer(index, args, kwargs)
+            if self.sequence is None:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if "llm.layer" in self.plan:
+                changed = self._shrink(index, module, hidden, kwargs)
+                if changed is not None:
+                    hidden = changed
+            self._remember(self.sequence)
+            kwargs = dict(kwargs)
+            if self._masks is not None:
+                mask, embeddings, positions = self._masks
+                kwargs.update(attention_mask=mask, position_embeddings=embeddings, position_ids=positions)
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def _shrink(self, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Lets the method act before layer `index`; returns the new hidden states or None."""
+        sequence = self.sequence
+        assert sequence is not None and self._entry is not None and self._inputs is not None
+        if sequence.tokens.x.shape[1] == 0:
+            return None
+        slots = sequence.slots.clamp(min=0)
+        tokens = sequence.tokens.with_x(_take(hidden, slots))
+        signals = LanguageSignals(self, sequence, hidden, kwargs)
+        active = self._active(tokens)
+        result = self.run("llm.layer", index, tokens, signals, self._entry.tokens.count, active)
+        if result is tokens:
+            return None
+        # A token takes the slot of the first token in it; slots are dealt out in sequence order, so that a method's
+        # own order of tokens is the order in which the model sees them.
+        came_from = predecessors(tokens, result)
+        slot = torch.where(came_from >= 0, sequence.slots.gather(1, came_from.clamp(min=0)), DROPPED)
+        slot = _deal(slot)
+        keep = sequence.present.clone()
+        old = sequence.slots
+        filled = old >= 0
+        keep[filled.nonzero(as_tuple=True)[0], old[filled]] = False
+        filled = slot >= 0
+        rows = filled.nonzero(as_tuple=True)[0]
+        keep[rows, slot[filled]] = True
+        seen = sequence.present if sequence.valid is None else sequence.valid
+        if result.valid is not None:
+            seen = seen.clone()
+            seen[rows, slot[filled]] = result.valid[filled]
+        method = self.plan["llm.layer"]
+        shorter, order = shorten(replace(sequence, valid=seen, tokens=result), keep, method.renumbers)
+        shorter = replace(shorter, slots=_reslot(order, slot))
+        hidden = _take(hidden, order)
+        # Features of merged or changed tokens; for kept ones this writes what is there.
+        target = torch.where(shorter.slots >= 0, shorter.slots, hidden.shape[1])
+        padded = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])], 1)
+        hidden = padded.scatter(1, target.unsqueeze(-1).expand_as(result.x), result.x.to(hidden.dtype))[:, :-1]
+        self.sequence = shorter
+        self._masks = self._attend(hidden, shorter.valid, shorter.positions, None, 0)
+        return hidden
+
+    def _active(self, tokens: Tokens) -> Tensor:
+        """(B,) bool: in training, samples without a supervised answer are left alone; so are samples without picture."""
+        assert self._inputs is not None
+        active = tokens.count > 0
+        labels = self._inputs.labels
+        return active if labels is None else active & self.answer_starts().any(1)
+
+    def answer_starts(self) -> Tensor:
+        """(B, S) bool in the user's sequence: positions right before a supervised span."""
+        assert self._inputs is not None and self._inputs.labels is not None
+        supervised = self._inputs.labels != -100
+        starts = torch.zeros_like(supervised)
+        starts[:, :-1] = supervised[:, 1:] & ~supervised[:, :-1]
+        return starts
+
+    def _attend(
+        self, hidden: Tensor, valid: Tensor | None, positions: Tensor, cache: Cache | None, layer: int
+    ) -> tuple[Any, Any, Any]:
+        """The mask, rotary embeddings and position ids of a layer, made by the model's own functions."""
+        mask = create_causal_mask(
+            config=self.language.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache,
+            layer_idx=layer,
+        )  # fmt: skip
+        return mask, self.language.rotary_emb(hidden, position_ids=positions), positions
+
+    # -- decoding
+
+    def _remember(self, sequence: Sequence) -> None:
+        if self._remembered is not sequence:
+            self._remembered = sequence
+            last = torch.where(sequence.present, sequence.positions, -1).amax(1)
+            self._memory.append(Remembered(sequence.valid, sequence.index.shape[1], last + 1))
+        else:
+            self._memory.append(self._memory[-1])
+
+    def _continue(self, given: dict[str, Any], cache: Cache) -> dict[str, Any]:
+        """The first layer's mask and positions for new tokens on top of a shortened cache."""
+        assert self._past is not None
+        self._new = given["inputs_embeds"].shape[1]
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise InputError("a custom 4-D attention mask or a static cache cannot go with fewer tokens; use a 2-D mask")
+        self._late_mask = mask
+        self._decoded = None
+        self._cache = cache
+        valid, positions = self._extend(self._past[0], cache.get_seq_length(0))
+        given["attention_mask"], given["position_ids"] = valid, positions
+        return given
+
+    def _extend(self, past: Remembered, length: int) -> tuple[Tensor, Tensor]:
+        """(B, length + new) what can be seen and (B, new) positions, for tokens after a cache of `length`."""
+        batch, device = past.next_position.shape[0], past.next_position.device
+        late = length - past.length + self._new
+        if self._late_mask is not None:
+            after = self._late_mask[:, self._late_mask.shape[1] - late :].bool().to(device)
+        else:
+            after = torch.ones(batch, late, dtype=torch.bool, device=device)
+        before = past.valid
+        if before is None:
+            before = torch.ones(batch, past.length, dtype=torch.bool, device=device)
+        positions = past.next_position.unsqueeze(1) + after.long().cumsum(1).sub(1).clamp(min=0)
+        return torch.cat([before, after], 1), positions[:, -self._new :]
+
+    def _decode_layer(self, index: int, args: Any, kwargs: Any) -> Any:
+        assert self._past is not None
+        past = self._past[index]
+        if past is self._past[0]:
+            return None
+        if self._decoded is None or self._decoded[0] is not past:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            valid, positions = self._extend(past, self._cache.get_seq_length(index))
+            self._decoded = past, self._attend(hidden, valid, positions, self._cache, index)
+        mask, embeddings, positions = self._decoded[1]
+        changed = dict(attention_mask=mask, position_embeddings=embeddings, position_ids=positions)
+        return args, {**kwargs, **changed}
+
+    # -- the language model's output
+
+    def _leave_language(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        for tap in self._taps.values():
+            tap.clear()
+        sequence = self.sequence
+        if sequence is None or self._past is not None:
+            return None
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            # On the cache itself: it is what the next forward brings back, and copies of it keep it.
+            cache.foveate_prefill = list(self._memory)
+        hidden = output.last_hidden_state
+        if hidden.shape[1] != self.full_length:
+            output["last_hidden_state"] = _take(hidden, self._places(sequence))
+        self._masks = None
+        return output
+
+    def _places(self, sequence: Sequence) -> Tensor:
+        """(B, full length): for each position the user gave, the token that stands there or the last one before it."""
+        batch, length = sequence.index.shape
+        target = torch.where(sequence.present, sequence.index, self.full_length)
+        place = target.new_full((batch, self.full_length + 1), -1)
+        place.scatter_(1, target, torch.arange(length, device=target.device).expand(batch, -1))
+        return place[:, :-1].cummax(1).values.clamp(min=0)
+
+
+class LanguageSignals:
+    """The signals of the language model (see `foveate.method.Signals`)."""
+
+    def __init__(self, host: LlavaHost, sequence: Sequence, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        self._host, self._sequence, self._hidden, self._kwargs = host, sequence, hidden, kwargs
+
+    def attention(self, layer: int) -> Attention:
+        """The attention of a layer that has run, restricted to the prompt when a generated text follows it."""
+        host, sequence = self._host, self._sequence
+        if layer not in host._taps:
+            raise RuntimeError(f"name 'llm.attention[{layer}]' in Method.reads to look at it")
+        query, key, scaling = host._taps[layer].read()
+        generated = 0 if host._prompt is None else host.full_length - host._prompt
+        length = query.shape[2] - generated
+        valid = None if sequence.valid is None else sequence.valid[:, :length]
+        return Attention(
+            query[:, :, :length].detach(), key[:, :, :length].detach(), scaling, True, valid,
+            sequence.present[:, :length], sequence.slots.clamp(min=0),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def text_to_vision(self, layer: int) -> Tensor:
+        host, sequence = self._host, self._sequence
+        block = host.language.layers[layer]
+        attention = block.self_attn
+        normed = block.input_layernorm(self._hidden.detach())
+        queries, weight = self._queries()
+        _, embeddings, _ = self._rotary()
+        cos, sin = embeddings
+        key = _heads(attention.k_proj(normed), attention.head_dim)
+        query = _heads(attention.q_proj(_take(normed, queries)), attention.head_dim)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        at = [one.expand(key.shape[0], -1, -1) for one in (cos, sin)]
+        query = _rotate(attention, query, *(_take(one, queries) for one in at))
+        key = _rotate(attention, key, *at)
+        rows = attention_rows(query, key, queries, attention.scaling, True, sequence.valid)
+        score = (rows.mean(1) * weight.unsqueeze(-1)).sum(1)
+        return score.gather(1, sequence.slots.clamp(min=0))
+
+    def _rotary(self) -> tuple[Any, Any, Any]:
+        host = self._host
+        if host._masks is not None:
+            return host._masks
+        return None, self._kwargs["position_embeddings"], None
+
+    def _queries(self) -> tuple[Tensor, Tensor]:
+        """(B, R) slots of the asking tokens and (B, R) their weights, which sum to 1."""
+        host, sequence = self._host, self._sequence
+        index = sequence.index
+        assert host._inputs is not None
+        if host._inputs.labels is not None:
+            starts = host.answer_starts().to(index.device)
+            asked = starts.gather(1, index.clamp(min=0)) & sequence.present
+            slots = compact(asked)
+            if slots.shape[1]:
+                weight = (slots >= 0).float()
+                return slots.clamp(min=0), weight / weight.sum(1, keepdim=True).clamp(min=1)
+        visible = sequence.present if sequence.valid is None else sequence.valid
+        if host._prompt is not None:
+            visible = visible & (index < host._prompt)
+        number = torch.arange(index.shape[1], device=index.device)
+        last = torch.where(visible, number, -1).amax(1, keepdim=True).clamp(min=0)
+        return last, torch.ones_like(last, dtype=torch.float32)
+
+    def text_embeddings(self) -> Tensor:
+        host = self._host
+        assert host._inputs is not None
+        sequence = self._sequence
+        seen = sequence.present if sequence.valid is None else sequence.valid
+        is_text = seen & ~host._inputs.visual.to(seen.device).gather(1, sequence.index.clamp(min=0))
+        chosen = compact(is_text)
+        states = _take(self._hidden, chosen.clamp(min=0))
+        return states * (chosen >= 0).unsqueeze(-1)
+
+    def cls_attention(self, layer: int) -> Tensor:
+        raise InputError("cls_attention is a signal of vision encoders; this stage is in the language model")
+
+    def keys(self, layer: int) -> Tensor:
+        raise InputError("keys is a signal of vision encoders; this stage is in the language model")
+
+    def grid(self) -> tuple[int, int]:
+        return self._host.encoder.grid
+
+
+def spread(tokens: Tokens) -> Tensor:
+    """(B, N): the slot, of as many as there are patches, that each token is put on; -1 for padding.
+
+    The slots are those of the first patch of each token, dealt out in order.
+    """
+    count, patches = tokens.x.shape[1], tokens.source.shape[1]
+    batch = tokens.source.shape[0]
+    number = torch.arange(patches, device=tokens.source.device).expand(batch, -1)
+    first = number.new_full((batch, count + 1), patches)
+    first.scatter_reduce_(1, tokens.source % (count + 1), number, "amin")
+    slot = torch.where(first[:, :count] < patches, first[:, :count], DROPPED)
+    return _deal(torch.where(tokens.mask(), slot, DROPPED))
+
+
+def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence, Tensor]:
+    """The sequence with only the slots in `keep` (B, S) bool, padded on the left, and the old slot of each new one."""
+    chosen = compact(keep)
+    padding = (chosen < 0).sum(1)
+    if bool((padding > 0).any()):
+        # compact pads on the right; the newest token must stay last
+        width = chosen.shape[1]
+        column = (torch.arange(width, device=keep.device) - padding.unsqueeze(1)) % width
+        chosen = chosen.gather(1, column)
+    filled = chosen.clamp(min=0)
+    present = chosen >= 0
+    index = torch.where(present, sequence.index.gather(1, filled), DROPPED)
+    valid = present if sequence.valid is None else present & sequence.valid.gather(1, filled)
+    if renumber:
+        positions = present.long().cumsum(1).sub(1).clamp(min=0)
+    else:
+        positions = sequence.positions.gather(1, filled) * present
+    whole = None if bool(valid.all()) else valid
+    return replace(sequence, index=index, valid=whole, positions=positions), chosen
+
+
+def _survivors(stream: Tensor, kept: Tensor) -> Tensor:
+    """(n,) bool: which features of an image stay. A newline stays when its whole row did."""
+    alive = kept[stream.clamp(min=0)].clone()
+    newlines = (stream == _NEWLINE).nonzero().squeeze(1)
+    if len(newlines) == 0:
+        return alive
+    # Rows are equally long; the first one begins right after the thumbnail (or, with one crop, is everything).
+    row = int(newlines[1] - newlines[0]) if len(newlines) > 1 else len(stream)
+    for end in newlines.tolist():
+        alive[end] = bool(alive[max(0, end - row + 1) : end].all())
+    return alive
+
+
+def _deal(slot: Tensor) -> Tensor:
+    """The same slots of each sample, handed to its tokens in ascending order; -1 stays."""
+    present = slot >= 0
+    big = torch.iinfo(slot.dtype).max
+    ascending = torch.where(present, slot, big).sort(1).values
+    rank = present.long().cumsum(1).sub(1).clamp(min=0)
+    return torch.where(present, ascending.gather(1, rank), DROPPED)
+
+
+def _reslot(order: Tensor, slots: Tensor) -> Tensor:
+    """Where old slots (B, N) stand in a sequence whose new slot k was old slot `order[b, k]`."""
+    batch, length = order.shape
+    longest = int(torch.cat([order, slots], 1).max()) + 1
+    new = order.new_full((batch, longest + 1), DROPPED)
+    new.scatter_(1, torch.where(order >= 0, order, longest), torch.arange(length, device=order.device).expand(batch, -1))
+    new[:, -1] = DROPPED
+    return new.gather(1, torch.where(slots >= 0, slots, longest))
+
+
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D): rows `index` (B, K) of `states` (B, S, D); -1 takes row 0."""
+    return states.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[2]))
+
+
+def _heads(projected: Tensor, head_dim: int) -> Tensor:
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position encoding of (B, H, S, D) with cos, sin (B, S, D), by the function of the model's own file."""
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    rotated: Tensor = rotate(states, states, cos, sin)[0]
+    return rotated

@@ -1,0 +1,146 @@
+"""What every method is compared with at the same budget. Plain down-sampling beats many published methods."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.method import Card, HostShape, InputError, Method, Stage, at, floor_share, register, share, whole
+from foveate.tokens import Tokens, compact, topk_in_order
+
+_HOSTS = ("hf-vlm", "hf-vision", "timm")
+_KEEP = {"keep": "share of the patches of each crop that is kept, in (0, 1]"}
+
+
+@register
+class Dense(Method):
+    """The model as it is."""
+
+    card = Card(
+        slug="dense", title="The unchanged model", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
+        summary="Changes nothing: what everything else is measured against.", identity={},
+    )  # fmt: skip
+
+    @classmethod
+    def for_budget(cls, budget: float, host: HostShape) -> Method:
+        if budget != 1:
+            raise InputError("dense keeps everything; its budget is 1")
+        return cls()
+
+
+@register
+class Random(Method):
+    """Keeps `floor(keep * N)` patches drawn at random, the same ones in every crop of N patches."""
+
+    card = Card(
+        slug="random", title="Random patches", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
+        summary="Keeps patches drawn at random after the vision encoder.", identity={"keep": 1.0},
+        parameters={**_KEEP, "seed": "seed of the draw"},
+    )  # fmt: skip
+
+    def __init__(self, *, keep: float = 0.5, seed: int = 0) -> None:
+        self.keep, self.seed = share("keep", keep), whole("seed", seed)
+
+    @at("vision.output")
+    def draw(self, tokens: Tokens, at: Stage) -> Tokens:
+        if self.keep == 1:
+            return tokens
+        batch, count = tokens.x.shape[:2]
+        # On the CPU and one draw for all samples: the choice depends on neither the device nor the batch.
+        score = torch.rand(count, generator=torch.Generator().manual_seed(self.seed)).to(tokens.x.device)
+        chosen = topk_in_order(score.expand(batch, -1), floor_share(tokens.count, self.keep), tokens.valid)
+        return tokens.keep(chosen)
+
+
+@register
+class Grid(Method):
+    """Keeps the patches nearest to the centres of a coarser grid: uniform sub-sampling without averaging."""
+
+    card = Card(
+        slug="grid", title="Uniform sub-sampling", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
+        summary="Keeps every so-manieth patch of the grid after the vision encoder.", identity={"keep": 1.0},
+        parameters=_KEEP,
+    )  # fmt: skip
+
+    def __init__(self, *, keep: float = 0.5) -> None:
+        self.keep = share("keep", keep)
+
+    @at("vision.output")
+    def sample(self, tokens: Tokens, at: Stage) -> Tokens:
+        rows, columns = coarser(at.signals.grid(), self.keep)
+        height, width = at.signals.grid()
+        y = {int((row + 0.5) * height / rows) for row in range(rows)}
+        x = {int((column + 0.5) * width / columns) for column in range(columns)}
+        if self.keep == 1:
+            return tokens
+        cell = tokens.position.round().long()
+        inside = [
+            torch.isin(cell[..., axis], torch.tensor(sorted(lines), device=cell.device)) for axis, lines in ((1, y), (2, x))
+        ]
+        return tokens.keep(compact(inside[0] & inside[1] & tokens.mask()))
+
+
+@register
+class Pool(Method):
+    """Averages neighbouring patches: the grid becomes the coarser one that comes nearest to the budget from below."""
+
+    card = Card(
+        slug="pool", title="Average pooling", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
+        summary="Averages neighbouring patches after the vision encoder.", identity={"keep": 1.0}, parameters=_KEEP,
+    )  # fmt: skip
+
+    def __init__(self, *, keep: float = 0.5) -> None:
+        self.keep = share("keep", keep)
+
+    @at("vision.output")
+    def average(self, tokens: Tokens, at: Stage) -> Tokens:
+        if self.keep == 1:
+            return tokens
+        height, width = at.signals.grid()
+        rows, columns = coarser((height, width), self.keep)
+        return tokens.pool((height / rows, width / columns))
+
+
+@register
+class Resolution(Method):
+    """Gives the vision encoder a smaller picture (antialiased), so that it too has fewer tokens."""
+
+    card = Card(
+        slug="resolution", title="Lower input resolution", arxiv="", kind="reduce", hosts=("hf-vlm", "hf-vision"),
+        baseline=True, summary="Shrinks the picture before the vision encoder.", identity={"keep": 1.0},
+        parameters=_KEEP,
+    )  # fmt: skip
+
+    def __init__(self, *, keep: float = 0.5) -> None:
+        self.keep = share("keep", keep)
+
+    @at("vision.pixels")
+    def shrink(self, pixels: Tensor, at: Stage) -> Tensor:
+        if self.keep == 1:
+            return pixels
+        height, width = at.signals.grid()
+        rows, columns = coarser((height, width), self.keep)
+        patch = pixels.shape[-2] // height, pixels.shape[-1] // width
+        size = (rows * patch[0], columns * patch[1])
+        small = F.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+        return small.to(pixels.dtype)
+
+
+def coarser(grid: tuple[int, int], keep: float) -> tuple[int, int]:
+    """(rows, columns) of the grid with the most cells, at most `keep` of those of `grid`, nearest to its shape.
+
+    At least one cell. Of grids with equally many cells, the one whose cells are nearest to square is taken.
+    """
+    height, width = grid
+    budget = max(1, int(height * width * keep + 1e-9))
+    shapes = [(rows, min(width, budget // rows)) for rows in range(1, min(height, budget) + 1)]
+
+    def stretch(shape: tuple[int, int]) -> float:
+        return abs(math.log((height / shape[0]) / (width / shape[1])))
+
+    # Cells stretched beyond 3:2 are no fair down-sampling, however well they fill the budget.
+    fair = [shape for shape in shapes if stretch(shape) <= math.log(1.5) + 1e-9] or [min(shapes, key=stretch)]
+    return max(fair, key=lambda shape: (shape[0] * shape[1], -stretch(shape)))
