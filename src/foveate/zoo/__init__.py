@@ -1,0 +1,63 @@
+"""Small real models trained by this project, so that every method has a trained host offline.
+
+`names()`, `path(name)` (a folder with safetensors and JSON), `load(name)`. How they were trained and how good they
+are is in `docs/zoo.md` and in each folder's `metrics.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from foveate.method import InputError
+
+_ROOT = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Models whose weights are here."""
+    return sorted(folder.parent.name for folder in _ROOT.glob("*/config.json"))
+
+
+def path(name: str) -> Path:
+    """The model's folder. `tiny-llava`'s is loaded with transformers' `from_pretrained`; InputError if unknown."""
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise InputError(f"the zoo has no model {name!r}{hint} It has {', '.join(known) or 'none'}")
+    return _ROOT / name
+
+
+def load(name: str) -> Any:
+    """The model in float32 and eval mode: for `tiny-vit` a timm `VisionTransformer` (see `zoo/vit.py`), for
+    `tiny-llava` a transformers `LlavaForConditionalGeneration`. Raises InputError for an unknown name."""
+    return load_folder(path(name))
+
+
+def load_folder(folder: str | Path) -> Any:
+    """Like `load`, from any folder that a training run wrote."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "model_type" in config:
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).eval()
+    model = build_vit({key: value for key, value in config.items() if key != "name"})
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def build_vit(config: dict[str, int]) -> Any:
+    """An untrained `zoo.vit.SceneTransformer` of that config; raises InputError where timm is not installed."""
+    try:
+        from foveate.zoo.vit import SceneTransformer
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise InputError("tiny-vit needs timm: pip install 'foveate[timm]'") from None
+    return SceneTransformer(**config)
