@@ -1,0 +1,266 @@
+"""Real transformers and timm models at tiny sizes, built from their configs: random weights, no network.
+
+Weights are scaled so that attention is peaked and logits differ a lot; otherwise every ranking is a tie and every test
+passes. `from tiny import …` works in all tests (pytest puts this folder on the path).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2Config,
+    SiglipForImageClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+IMAGE, PAD, VOCABULARY = 98, 1, 99
+"""Token ids: the image placeholder, padding; text is 3..97."""
+
+LLAVA = ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2")
+VLMS = (*LLAVA, "next")
+"""Names of `vlm`."""
+
+VISION = ("vit", "vit-head", "clip", "siglip", "siglip-head", "dinov2", "dinov2-head", "dinov2-reg")
+TIMM = ("timm", "timm-reg-avg", "timm-distilled")
+"""Names of `vision`."""
+
+
+def shake(model: nn.Module, seed: int = 0, gain: float = 2.0) -> Any:
+    """Weights of variance gain^2 / fan-in for queries and keys and 1 / fan-in elsewhere; evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim < 2:
+                weight.copy_(0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            elif "embed" in name or "token" in name or "probe" in name:
+                weight.copy_(noise)
+            else:
+                sharp = any(part in name for part in ("q_proj", "k_proj", "query", "key", "qkv"))
+                weight.copy_(noise * (gain if sharp else 1.0) / math.sqrt(weight[0].numel()))
+    return model.eval()
+
+
+def clip_config(image: int = 16, patch: int = 4, layers: int = 5) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        image_size=image, patch_size=patch, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=64, projection_dim=32,
+    )  # fmt: skip
+
+
+def siglip_config(image: int = 16, patch: int = 4, layers: int = 5) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        image_size=image, patch_size=patch, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+
+
+def text_config(kind: str = "llama", layers: int = 4) -> LlamaConfig | Qwen2Config:
+    """Llama with as many key-value heads as heads, Qwen2 with half as many."""
+    settings: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=1024, pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    if kind == "qwen2":
+        return Qwen2Config(num_key_value_heads=2, **settings)
+    return LlamaConfig(num_key_value_heads=4, **settings)
+
+
+def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int = 16, **config: Any) -> Any:
+    """A LLaVA ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2") or LLaVA-NeXT ("next") with 4x4 patches.
+
+    `layers` is the depth of the language model; the vision tower has 5 layers, of which the output of the fourth is
+    used (SigLIP: all tokens). LLaVA-NeXT has crops of 4x4 patches and 2x2, 1x2, 2x1 layouts. `config` goes to the
+    LlavaConfig.
+    """
+    torch.manual_seed(seed)
+    shared: dict[str, Any] = dict(image_token_id=IMAGE, pad_token_id=PAD, eos_token_id=None, bos_token_id=None)
+    if name == "next":
+        side = image
+        shared |= dict(
+            text_config=text_config("llama", layers), vision_config=clip_config(side, side // 4),
+            vision_feature_layer=-2, vision_feature_select_strategy="default",
+            image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
+        )  # fmt: skip
+        model: Any = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared | config))
+    else:
+        tower, language = name.split("-")
+        shared |= dict(
+            text_config=text_config(language, layers),
+            vision_config=clip_config(image) if tower == "clip" else siglip_config(image),
+            vision_feature_layer=-2, vision_feature_select_strategy="default" if tower == "clip" else "full",
+        )  # fmt: skip
+        model = LlavaForConditionalGeneration(LlavaConfig(**shared | config))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    # Never a placeholder or padding as an answer.
+    model.generation_config.suppress_tokens = [0, PAD, 2, IMAGE]
+    return shake(model, seed)
+
+
+def vision(name: str, *, seed: int = 0, layers: int = 4, **config: Any) -> Any:
+    """A vision model with 4x4 patches of 16x16 pixels: one of `VISION` and `TIMM`."""
+    torch.manual_seed(seed)
+    if name in TIMM:
+        from timm.models.deit import VisionTransformerDistilled
+        from timm.models.vision_transformer import VisionTransformer
+
+        settings: dict[str, Any] = dict(
+            img_size=16, patch_size=4, embed_dim=32, depth=layers, num_heads=4, num_classes=7
+        )
+        if name == "timm-distilled":
+            return shake(VisionTransformerDistilled(**settings | config), seed)
+        if name == "timm-reg-avg":
+            settings |= dict(reg_tokens=3, global_pool="avg")
+        return shake(VisionTransformer(**settings | config), seed)
+    settings = dict(
+        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=64,
+    ) | config  # fmt: skip
+    dino = {key: value for key, value in settings.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
+    builders: dict[str, Any] = {
+        "vit": lambda: ViTModel(ViTConfig(**settings)),
+        "vit-head": lambda: ViTForImageClassification(ViTConfig(num_labels=7, **settings)),
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**settings)),
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**settings)),
+        "siglip-head": lambda: SiglipForImageClassification(_siglip(settings)),
+        "dinov2": lambda: Dinov2Model(Dinov2Config(**dino)),
+        "dinov2-head": lambda: Dinov2ForImageClassification(Dinov2Config(num_labels=7, **dino)),
+        "dinov2-reg": lambda: Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(num_register_tokens=3, **dino)
+        ),
+    }
+    return shake(builders[name](), seed)
+
+
+def _siglip(settings: dict[str, Any]) -> Any:
+    from transformers import SiglipConfig, SiglipTextConfig
+
+    text = SiglipTextConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    return SiglipConfig(text_config=text.to_dict(), vision_config=settings, num_labels=7)
+
+
+def clip_dual(*, seed: int = 0) -> Any:
+    """A two-tower CLIPModel; its text tower wants ids of `VOCABULARY` and 7 tokens at most."""
+    from transformers import CLIPConfig
+
+    text = CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=8, projection_dim=32,
+    )  # fmt: skip
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=clip_config(layers=4).to_dict(), projection_dim=32)
+    return shake(CLIPModel(config), seed)
+
+
+def pixels(count: int = 1, seed: int = 0, side: int = 16) -> Tensor:
+    """(count, 3, side, side) noise with large blobs in it, so that patches differ."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator).repeat_interleave(side // 4, 2)
+    return coarse.repeat_interleave(side // 4, 3) + 0.5 * torch.randn(count, 3, side, side, generator=generator)
+
+
+def prompt(
+    model: Any, samples: list[tuple[int, ...]], *, sizes: list[tuple[int, int]] | None = None, seed: int = 0,
+    padding: str = "left",
+) -> dict[str, Tensor]:  # fmt: skip
+    """Inputs of a LLaVA model: `input_ids`, `attention_mask`, `pixel_values` (and `image_sizes` for LLaVA-NeXT).
+
+    Args:
+        samples: for each sample the numbers of text tokens before, between and after its images: (2, 5) is one image
+            between 2 and 5 text tokens, (4,) text alone, (0, 3, 6) two images of which the first opens the prompt.
+        sizes: LLaVA-NeXT: original (height, width) of each image of the batch, in order; default 24 x 12 pixels.
+        seed: text and pictures depend on it and on the sample's place in the batch only.
+        padding: "left" or "right".
+
+    A sample alone is `single(model, inputs, b)`. Both encode pictures: call them before methods are applied.
+    """
+    images = sum(len(sample) - 1 for sample in samples)
+    side = model.config.vision_config.image_size
+    extra: dict[str, Tensor] = {}
+    if hasattr(model, "pack_image_features"):
+        sizes = sizes or [(24, 12)] * images
+        crops = [_crops(model, size) for size in sizes]
+        values = torch.zeros(images, max(crops, default=1), 3, side, side)
+        for i, count in enumerate(crops):
+            values[i, :count] = pixels(count, seed * 1000 + i, side)
+        extra = {"pixel_values": values, "image_sizes": torch.tensor(sizes)}
+        lengths = [len(one) for one in _encode(model, extra)] if images else []
+    else:
+        values = torch.cat([pixels(1, seed * 1000 + i, side) for i in range(images)]) if images else torch.zeros(0)
+        extra = {"pixel_values": values}
+        lengths = [len(one) for one in _encode(model, extra)] if images else []
+    following, rows = iter(lengths), []
+    for b, sample in enumerate(samples):
+        generator = torch.Generator().manual_seed(seed * 1000 + b)
+        row: list[int] = []
+        for k, count in enumerate(sample):
+            row += [IMAGE] * next(following) if k else []
+            row += torch.randint(3, IMAGE, (count,), generator=generator).tolist()
+        rows.append(row)
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), PAD)
+    mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        part = slice(longest - len(row), None) if padding == "left" else slice(0, len(row))
+        ids[b, part], mask[b, part] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask, **(extra if images else {})}
+
+
+def single(model: Any, inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
+    """Sample `b` of a batch that `prompt` made (with `labels`, if there are), alone and without padding."""
+    real = inputs["attention_mask"][b].bool()
+    alone = {name: inputs[name][b : b + 1, real] for name in ("input_ids", "attention_mask", "labels") if name in inputs}
+    if "pixel_values" not in inputs:
+        return alone
+    lengths = [len(one) for one in _encode(model, inputs)]
+    wanted = (inputs["input_ids"] == IMAGE).sum(1).tolist()
+    first = 0
+    for count in wanted[:b]:
+        while count:
+            count, first = count - lengths[first], first + 1
+    last, count = first, wanted[b]
+    while count:
+        count, last = count - lengths[last], last + 1
+    if last > first:
+        for name in ("pixel_values", "image_sizes"):
+            if name in inputs:
+                alone[name] = inputs[name][first:last]
+    return alone
+
+
+def _crops(model: Any, size: tuple[int, int]) -> int:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config = model.config
+    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
+
+
+@torch.no_grad()
+def _encode(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The unchanged model's features of each image (only their number is used)."""
+    encode = type(model.model).get_image_features
+    tower = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    features: list[Tensor] = encode(model.model, **tower, return_dict=True).pooler_output
+    return features
