@@ -25,7 +25,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -93,6 +93,11 @@ class Recipe(ABC):
 
     model: nn.Module
 
+    @classmethod
+    def prepare(cls, settings: Settings, seed: int, out: Path) -> Settings:
+        """What must be there before the recipe is built, e.g. another trained model; returns completed settings."""
+        return settings
+
     @abstractmethod
     def __init__(self, settings: Any, seed: int) -> None: ...
 
@@ -102,7 +107,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss, and named figures for the log. `model` is `self.model`, wrapped if there are several processes."""
+        """Scalar loss, and figures for the log; `model` is `self.model`, wrapped if there are several processes."""
 
     @abstractmethod
     def export(self, folder: Path) -> None:
@@ -187,6 +192,7 @@ def train(
             (out / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
+    settings = recipe_type.prepare(settings, seed, out)
     set_seed(seed)
     recipe = recipe_type(settings, seed)
     optimizer = _optimizer(recipe.model, settings)
@@ -243,7 +249,16 @@ def train(
 
 def environment() -> dict[str, Any]:
     """Versions, processor and number of cores, for `metrics.json`."""
-    packages = ("foveate", "torch", "transformers", "timm", "accelerate", "tokenizers", "safetensors", "numpy")
+    packages = (
+        "foveate",
+        "torch",
+        "transformers",
+        "timm",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+    )
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -263,7 +278,9 @@ def write_json(file: Path, value: Any) -> None:
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file to a temporary name and renames it."""
     partial = file.with_name(f".{file.name}.partial")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, {"format": "pt"})
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, {"format": "pt"}
+    )
     os.replace(partial, file)
 
 
@@ -402,7 +419,12 @@ class _Report:
         if self.active:
             self.file = self.log.open("a", encoding="utf-8")
             if self.console.is_terminal:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeRemainingColumn(),
+                )
                 self.bar = Progress(*columns, console=self.console)
                 self.task = self.bar.add_task(self.name, total=self.settings.steps, completed=self.start)
                 self.bar.start()
@@ -433,8 +455,3 @@ class _Report:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def underlying(model: nn.Module) -> Any:
-    """The recipe's own module inside accelerate's wrapper."""
-    return cast(Any, model.module if hasattr(model, "module") else model)

@@ -1,8 +1,9 @@
 """Recipe for `tiny-vit`: a vision transformer that names the objects of a scene and the object under every patch.
 
-The loss is the sum of: binary cross entropy of the 40 names on the class token (summed over the names, since most
-are absent), cross entropy of 41 classes on the patch tokens of the last layer and of the last but one, and a smooth L1 distance
-of the boxes predicted by the last but one layer's tokens that lie on an object. Every step sees new scenes.
+The loss is the weighted sum of: binary cross entropy of the 40 names on the class token (summed over the names, since
+most are absent), cross entropy of 41 classes on the patch tokens of the last layer and of the last but one, and a
+smooth L1 distance of the boxes predicted by the last but one layer's tokens that lie on an object. Every step sees new
+scenes.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class TinyVit(Recipe):
         try:
             from torchmetrics.classification import MultilabelAveragePrecision
         except ImportError:
-            raise InputError("evaluating tiny-vit needs torchmetrics: pip install 'foveate[metrics]'") from None
+            raise InputError(
+                "evaluating tiny-vit needs torchmetrics: pip install 'foveate[metrics]'"
+            ) from None
         tower: Any = self.model.tower
         scenes, count = Scenes("test", 0), self.settings.test_scenes
         precision = MultilabelAveragePrecision(len(NAMES), average="macro")
@@ -152,7 +155,9 @@ def scene_batch(scenes: list[Scene]) -> Batch:
         centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
         boxes.append(np.concatenate([centre, extent], axis=1)[patch_owner(scene, 8).ravel() + 1])
     return {
-        "image": torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous(),
+        "image": torch.from_numpy(np.stack([scene.image for scene in scenes]))
+        .permute(0, 3, 1, 2)
+        .contiguous(),
         "present": torch.from_numpy(np.stack([presence(scene) for scene in scenes])),
         "labels": torch.from_numpy(np.stack([patch_labels(scene, 8).ravel() for scene in scenes])),
         "boxes": torch.from_numpy(np.stack(boxes)),

@@ -97,6 +97,8 @@ def to_clip(model: SceneTransformer) -> CLIPVisionModel:
             state[f"{target}.{kind}"] = source[f"{origin}.{kind}"]
     wanted = {key for key in clip.state_dict() if "position_ids" not in key}
     if wanted != set(state):
-        raise RuntimeError(f"transformers' CLIPVisionModel has other weights: {sorted(wanted ^ set(state))[:4]}")
+        raise RuntimeError(
+            f"transformers' CLIPVisionModel has other weights: {sorted(wanted ^ set(state))[:4]}"
+        )
     clip.load_state_dict({key: torch.clone(value) for key, value in state.items()}, strict=False)
     return clip.to(source["cls_token"].dtype).eval()

@@ -1,0 +1,286 @@
+"""Recipe for `tiny-llava`: a LLaVA that answers questions about scenes.
+
+The vision tower is `tiny-vit`, converted to CLIP and frozen. The language model and the projector are trained from
+scratch on the generated questions, all questions of a picture in one sequence:
+
+    <s> user : <image>x144 | is there a dog ? assistant : yes | what is at the top ? assistant : fox | …
+
+Every question attends to the shared prefix and to itself only, and its positions go on from the prefix's, so a
+question sees exactly what it would see alone: one picture's tokens are computed once for about ten questions.
+
+The start matters for so small a model. The embeddings of the object names are the tower's own class directions, and
+the projector begins near the identity: a visual token on a dog points towards the word "dog" from the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+
+from foveate import zoo
+from foveate.data.scenes import NAMES, QUESTION_TYPES, Question, Scenes, held_out_questions, words
+from foveate.method import InputError
+from foveate.train.loop import Batch, Recipe, Settings, train
+from foveate.train.tiny_vit import TinyVit, normalised
+
+PREFIX = "USER: <image>"
+_EMBEDDING_NORM = 1.0
+_NO_LABEL = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyLlavaSettings(Settings):
+    """`tower`: folder of a trained tiny-vit; "" takes the zoo's, or trains one first where there is none.
+
+    `layers`, `width`, `heads`, `intermediate`: of the language model; `width` must be the tower's.
+    """
+
+    steps: int = 2400
+    batch: int = 24
+    lr: float = 1e-3
+    warmup: int = 100
+    tower: str = ""
+    layers: int = 8
+    width: int = 128
+    heads: int = 4
+    intermediate: int = 352
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "width", "heads", "intermediate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, not {getattr(self, name)}")
+        if self.width % (2 * self.heads):
+            raise InputError(
+                f"width must be a multiple of 2 * heads, not {self.width} with {self.heads} heads"
+            )
+
+
+class TinyLlava(Recipe):
+    """See the module."""
+
+    name = "tiny-llava"
+    settings_type = TinyLlavaSettings
+    smoke: ClassVar[dict[str, Any]] = {
+        "steps": 2, "batch": 2, "warmup": 1, "layers": 2, "width": 16, "heads": 2, "intermediate": 32, "workers": 0,
+        "test_scenes": 14,
+    }  # fmt: skip
+
+    @classmethod
+    def prepare(cls, settings: Settings, seed: int, out: Path) -> Settings:
+        """Finds the tower, or trains it into `out`/tower: with this width, and in a smoke run as quickly."""
+        assert isinstance(settings, TinyLlavaSettings)
+        if settings.tower:
+            if not (Path(settings.tower) / "model.safetensors").is_file():
+                raise InputError(f"tower: there is no model.safetensors in {settings.tower}")
+            return settings
+        if "tiny-vit" in zoo.names() and _width(zoo.path("tiny-vit")) == settings.width:
+            return dataclasses.replace(settings, tower=str(zoo.path("tiny-vit")))
+        quick = TinyVit.smoke if settings.steps <= cls.smoke["steps"] else {}
+        if not (out / "tower" / "metrics.json").is_file():
+            train(TinyVit, out=out / "tower", seed=seed, **(quick | {"width": settings.width}))
+        return dataclasses.replace(settings, tower=str(out / "tower"))
+
+    def __init__(self, settings: TinyLlavaSettings, seed: int) -> None:
+        from foveate.zoo.llava import build_llava, build_processor
+        from foveate.zoo.vit import to_clip
+
+        self.settings = settings
+        vit = zoo.load_folder(settings.tower)
+        if vit.embed_dim != settings.width:
+            raise InputError(f"width must be the tower's {vit.embed_dim}, not {settings.width}")
+        clip = to_clip(vit)
+        self.processor = build_processor(words(), image_size=clip.config.image_size)
+        self.tokenizer: PreTrainedTokenizerFast = self.processor.tokenizer
+        self.llava = build_llava(
+            clip.config,
+            self.tokenizer,
+            layers=settings.layers,
+            width=settings.width,
+            heads=settings.heads,
+            intermediate=settings.intermediate,
+        )
+        self.llava.model.vision_tower.load_state_dict(clip.state_dict())
+        self.llava.model.vision_tower.requires_grad_(False)
+        # Pictures that the tower was not trained on: its features are a little less certain there, as in use.
+        self.scenes = Scenes("train", seed + 1_000_003)
+        self._start_from_the_tower(vit)
+        self.model = _Objective(self.llava)
+
+    @torch.no_grad()
+    def _start_from_the_tower(self, vit: Any) -> None:
+        """Projector near an affine identity map; embeddings of names along the tower's class directions."""
+        pictures = torch.from_numpy(np.stack([self.scenes[i].image for i in range(32)])).permute(0, 3, 1, 2)
+        features = vit.layers(normalised(pictures))[0][:, 1:].flatten(0, 1)
+        mean = features.mean(0)
+        scale = 1 / (features - mean).std()
+        # gelu(x + 2) is about x + 2 for most x of unit variance, so the two layers undo each other's shift.
+        shift, gain = 2.0, _EMBEDDING_NORM / self.settings.width**0.5
+        projector = self.llava.model.multi_modal_projector
+        projector.linear_1.weight.copy_(torch.eye(self.settings.width) * scale)
+        projector.linear_1.bias.copy_(shift - scale * mean)
+        projector.linear_2.weight.copy_(torch.eye(self.settings.width) * gain)
+        projector.linear_2.bias.fill_(-shift * gain)
+        embedding = self.llava.get_input_embeddings().weight
+        embedding.normal_(std=gain)
+        directions = vit.early_patch_head.weight - vit.early_patch_head.weight.mean(0)
+        for name, direction in zip(NAMES, directions[1:]):
+            token = cast(int, self.tokenizer.convert_tokens_to_ids(name))
+            embedding[token] = F.normalize(direction, dim=0) * _EMBEDDING_NORM
+
+    def batch(self, step: int, rank: int, world: int) -> Batch:
+        first = step * self.settings.batch
+        scenes = [self.scenes[first + i] for i in range(rank, self.settings.batch, world)]
+        packed = pack(
+            [scene.questions for scene in scenes], self.tokenizer, self.llava.config.image_seq_length
+        )
+        packed["image"] = (
+            torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()
+        )
+        return packed
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Mean over the question types, so that rare types weigh as much as frequent ones; accuracies by type."""
+        losses, right = model(**batch)
+        # (question, 2): the answer's word and the end.
+        kinds, parts, means = batch["kinds"], {}, []
+        for kind, name in enumerate(QUESTION_TYPES):
+            chosen = kinds == kind
+            if chosen.any():
+                means.append(losses[chosen].mean())
+                parts[name] = float(right[chosen].float().mean())
+        return torch.stack(means).mean(), parts
+
+    def export(self, folder: Path) -> None:
+        from foveate.zoo.llava import save_llava
+
+        save_llava(self.llava, self.processor, folder)
+
+    def evaluate(self) -> dict[str, Any]:
+        return answer_accuracy(self.llava, self.processor, self.settings.test_scenes)
+
+
+class _Objective(nn.Module):
+    """Losses and correctness of all answers of a batch, in one `forward` as several processes need it."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.llava = llava
+
+    def forward(
+        self, image: Tensor, ids: Tensor, position: Tensor, segment: Tensor, labels: Tensor, kinds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`losses` (questions,) summed over the answer's word and the end; `right` (questions,) bool."""
+        outputs = self.llava.model(
+            input_ids=ids,
+            pixel_values=normalised(image),
+            attention_mask=segment_mask(segment),
+            position_ids=position,
+            use_cache=False,
+        )
+        asked = labels != _NO_LABEL
+        logits = self.llava.lm_head(outputs.last_hidden_state[asked])
+        wanted = labels[asked]
+        losses = F.cross_entropy(logits, wanted, reduction="none").view(-1, 2).sum(1)
+        return losses, (logits.argmax(-1) == wanted).view(-1, 2).all(1)
+
+
+def pack(
+    questions: list[tuple[Question, ...]], tokenizer: PreTrainedTokenizerFast, image_tokens: int
+) -> dict[str, Tensor]:
+    """All questions of every picture in one sequence a picture.
+
+    Returns `ids`, `position`, `segment`, `labels` (B, S) long and `kinds` (questions,) long, the index of the type in
+    `QUESTION_TYPES`, in the order of the pictures. Segment 0 is the prefix with the picture, 1, 2, … are the questions,
+    -1 is padding. Labels are at the two places that predict: the answer's word and `</s>`.
+
+    Raises InputError for a word outside the vocabulary or an answer of several words.
+    """
+    vocabulary = tokenizer.get_vocab()
+    image, end = vocabulary["<image>"], vocabulary["</s>"]
+    head = [vocabulary[word] for word in ("<s>", "user", ":")]
+    prefix = head + [image] * image_tokens
+    tail = [vocabulary[word] for word in ("assistant", ":")]
+    rows, kinds = [], []
+    for asked in questions:
+        ids, position, segment = list(prefix), list(range(len(prefix))), [0] * len(prefix)
+        labels = [_NO_LABEL] * len(prefix)
+        for number, question in enumerate(asked, 1):
+            try:
+                text = [vocabulary[word] for word in question.question.split()] + tail
+                answer = vocabulary[question.answer]
+            except KeyError as error:
+                raise InputError(f"{error.args[0]!r} is not one word of the vocabulary") from None
+            ids += [*text, answer]
+            position += range(len(prefix), len(prefix) + len(text) + 1)
+            segment += [number] * (len(text) + 1)
+            labels += [_NO_LABEL] * (len(text) - 1) + [answer, end]
+            kinds.append(QUESTION_TYPES.index(question.type))
+        rows.append((ids, position, segment, labels))
+    length = max(len(row[0]) for row in rows)
+    fill = (vocabulary["<pad>"], 0, -1, _NO_LABEL)
+    columns = [
+        torch.tensor([row[i] + [value] * (length - len(row[i])) for row in rows])
+        for i, value in enumerate(fill)
+    ]
+    return dict(zip(("ids", "position", "segment", "labels"), columns)) | {"kinds": torch.tensor(kinds)}
+
+
+def segment_mask(segment: Tensor) -> Tensor:
+    """(B, S) segments -> (B, 1, S, S) bool: True where row i may look at column j.
+
+    It looks back, at the prefix or at its own segment. (Padding sees the prefix and earlier padding; nothing sees
+    padding.)
+    """
+    rows, columns = segment[:, :, None], segment[:, None, :]
+    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
+    return (((columns == 0) | (columns == rows)) & causal)[:, None]
+
+
+@torch.no_grad()
+def answer_accuracy(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int, *, batch: int = 40
+) -> dict[str, Any]:
+    """Exact-match accuracy of greedy answers to `held_out_questions("test", count)`, in all and by type.
+
+    Beside it what the commonest answer of every type would score on the same questions.
+    """
+    questions = held_out_questions("test", count)
+    right: dict[str, int] = defaultdict(int)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for first in range(0, count, batch):
+        asked = questions[first : first + batch]
+        inputs = processor(
+            images=[q.image for q in asked],
+            text=[f"{PREFIX}\n{q.prompt} ASSISTANT:" for q in asked],
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        made = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        for question, text in zip(asked, processor.batch_decode(made, skip_special_tokens=True)):
+            right[question.type] += text.strip() == question.answer
+            answers[question.type][question.answer] += 1
+    asked_of = {kind: answers[kind].total() for kind in QUESTION_TYPES if kind in answers}
+    commonest = {kind: answers[kind].most_common(1)[0][1] for kind in asked_of}
+    return {
+        "split": "test",
+        "questions": count,
+        "accuracy": sum(right.values()) / count,
+        "accuracy_by_type": {kind: right[kind] / n for kind, n in asked_of.items()},
+        "commonest_answer": sum(commonest.values()) / count,
+        "commonest_answer_by_type": {kind: commonest[kind] / n for kind, n in asked_of.items()},
+        "questions_by_type": asked_of,
+    }
+
+
+def _width(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["embed_dim"])
