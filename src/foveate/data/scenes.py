@@ -414,7 +414,7 @@ def _open(file: importlib.resources.abc.Traversable) -> Image.Image:
 def _sprite(name: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Colour (side, side, 3) in 0..255 and opacity (side, side) in 0..1 of an emoji resized to `side` px."""
     pixels = np.asarray(_emoji(name).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
-    return pixels[..., :3], pixels[..., 3] / 255
+    return pixels[..., :3], pixels[..., 3] / np.float32(255)
 
 
 @functools.lru_cache(maxsize=8192)
