@@ -20,6 +20,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -58,6 +59,7 @@ class Card:
         training_free: whether it works without trained weights of its own.
         identity: arguments with which the method changes nothing, where there are such.
         parameters: hyperparameter -> one line on what it means.
+        coarse: whether only some budgets can be met (whole grids), so that `for_budget` takes the nearest below.
     """
 
     slug: str
@@ -71,6 +73,7 @@ class Card:
     baseline: bool = False
     identity: Mapping[str, Any] | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,13 @@ def at(stage: str) -> Callable[[_H], _H]:
 
 
 class Method:
-    """Base of all methods. Subclasses set `card`, validate keyword-only hyperparameters and mark handlers with `@at`."""
+    """Base of all methods. Subclasses set `card`, check keyword-only hyperparameters and mark handlers with `@at`."""
 
     card: ClassVar[Card]
     claims: ClassVar[tuple[Claim, ...]] = ()
     renumbers: ClassVar[bool] = True
-    """Whether kept tokens get consecutive positions in the language model; False keeps the original ones."""
+    """Whether tokens that are kept at "llm.layer" get consecutive positions from there on; False keeps those they
+    entered with. What enters the language model is always numbered consecutively: it is an ordinary, shorter prompt."""
 
     @classmethod
     def handlers(cls) -> dict[str, str]:
@@ -221,7 +225,7 @@ class Method:
         This is what makes methods comparable that spend their tokens at different depths. Without a language model
         the share is that of the encoder's output. Raises InputError where the method cannot reach the budget.
         """
-        return cls(keep=budget)  # type: ignore[call-arg]
+        return cls(keep=share("budget", budget))  # type: ignore[call-arg]
 
     def check(self, host: HostShape) -> None:
         """Raises InputError where the hyperparameters do not fit the host."""
@@ -250,9 +254,12 @@ _M = TypeVar("_M", bound=type[Method])
 def register(cls: _M) -> _M:
     """Enters a method class into the registry under its card's slug. Raises ValueError for a bad or taken slug."""
     slug = cls.card.slug
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug):
+        raise ValueError(f"a slug is lower-case words joined by hyphens, not {slug!r}")
     if cls.card.kind not in KINDS:
         raise ValueError(f"{slug}: kind must be one of {', '.join(KINDS)}, not {cls.card.kind!r}")
-    if slug in _REGISTRY and _REGISTRY[slug].__qualname__ != cls.__qualname__:
+    taken = _REGISTRY.get(slug, cls)
+    if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"two methods are named {slug!r}")
     _REGISTRY[slug] = cls
     return cls
@@ -295,11 +302,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
 
 
+def within(name: str, value: float, interval: str) -> float:
+    """`value` if it is a number in `interval`, "[0, 1)" or the like, else an InputError that names it."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    above = number and (low <= value if interval[0] == "[" else low < value)
+    if not above or not (value <= high if interval[-1] == "]" else value < high):
+        raise InputError(f"{name} must be a number in {interval}, not {value!r}")
+    return float(value)
+
+
 def share(name: str, value: float) -> float:
     """`value` if it is a number in (0, 1], else an InputError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise InputError(f"{name} must be in (0, 1], not {value!r}")
-    return float(value)
+    return within(name, value, "(0, 1]")
 
 
 def whole(name: str, value: int, least: int = 0) -> int:
@@ -311,21 +326,27 @@ def whole(name: str, value: int, least: int = 0) -> int:
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> str:
     """`value` if it is one of `options`, else an InputError that names it."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise InputError(f"{name} must be one of {', '.join(options)}, not {value!r}")
     return value
 
 
-def at_depth(name: str, value: int | float, layers: int) -> int:
-    """A layer of a host with `layers` layers: a whole number is the layer itself, a float in (0, 1) a share of depth."""
+def depth(name: str, value: int | float, least: int = 0) -> int | float:
+    """`value` if it is a whole number >= least, or a share of the depth in (0, 1), else an InputError that names it."""
+    return within(name, value, "(0, 1)") if isinstance(value, float) else whole(name, value, least)
+
+
+def at_depth(name: str, value: int | float, layers: int, least: int = 0) -> int:
+    """The layer least..layers-1 that `value` names on a host with `layers` layers (see `depth`)."""
     layer = round(value * layers) if isinstance(value, float) else value
-    if not 0 <= layer < layers:
-        raise InputError(f"{name}: this host has layers 0..{layers - 1}, not {layer}")
+    if not least <= layer < layers:
+        raise InputError(f"{name}: {value!r} is layer {layer}; on this host it can be {least}..{layers - 1}")
     return layer
 
 
-def floor_share(count: Tensor, ratio: float) -> Tensor:
-    """`int(count * ratio)` of each sample, at least 1 where there is a token at all. Exact for decimal ratios."""
-    # 0.29 * 100 is 28.999… in binary; a token is not lost to that.
-    return (count.double() * ratio + 1e-9).long().clamp(min=1).minimum(count)
+def floor_share(count: Tensor, ratio: float, least: int = 1) -> Tensor:
+    """`floor(count * ratio)` of each sample (B,), at least `least` where there are as many tokens.
 
+    Exact for decimal ratios: 0.29 * 100 is 28.999... in binary, and a token is not lost to that.
+    """
+    return (count.double() * ratio + 1e-9).long().clamp(min=least).minimum(count)

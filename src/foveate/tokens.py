@@ -40,6 +40,8 @@ class Tokens:
     valid: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.x.ndim != 3:
+            raise ValueError(f"x must be (B, N, C), not {tuple(self.x.shape)}")
         batch, count = self.x.shape[:2]
         if self.position.shape != (batch, count, 3):
             raise ValueError(f"position must be {(batch, count, 3)}, not {tuple(self.position.shape)}")
@@ -111,17 +113,19 @@ class Tokens:
             weight: (B, N) float > 0, None for a plain mean; pass `size` for ToMe's proportional mean.
             groups: G; read from `into` if None.
         """
-        batch, count, channels = self.x.shape
+        batch, count = self.x.shape[:2]
+        # Sums of many bf16 values need more digits than bf16 has.
+        exact = torch.promote_types(self.x.dtype, torch.float32)
         into = into if self.valid is None else torch.where(self.valid, into, DROPPED)
         groups = int(into.max()) + 1 if groups is None else groups
-        share = (into >= 0).to(torch.float32) if weight is None else weight.float() * (into >= 0)
+        share = (into >= 0).to(exact) if weight is None else weight.to(exact) * (into >= 0)
         target = into.clamp(min=0)
 
         def total(values: Tensor) -> Tensor:
             out = values.new_zeros(batch, groups, values.shape[-1])
             return out.scatter_add(1, target.unsqueeze(-1).expand_as(values), values)
 
-        mass = total(share.unsqueeze(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+        mass = total(share.unsqueeze(-1)).clamp(min=torch.finfo(exact).tiny)
         patches = self.size * (into >= 0)
         size = total(patches.unsqueeze(-1)).squeeze(-1)
         position = total(self.position * patches.unsqueeze(-1)) / size.clamp(min=1).unsqueeze(-1)
@@ -129,7 +133,7 @@ class Tokens:
         moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
         valid = members > 0
         return Tokens(
-            x=(total(self.x.float() * share.unsqueeze(-1)) / mass).to(self.x.dtype),
+            x=(total(self.x.to(exact) * share.unsqueeze(-1)) / mass).to(self.x.dtype),
             position=position,
             size=size,
             source=moved.gather(1, self.source % (count + 1)),
@@ -139,7 +143,8 @@ class Tokens:
     def mix(self, weights: Tensor) -> Tokens:
         """Soft assignment: new token k is `sum_j weights[b, k, j] * x[b, j]`, weights (B, K, N).
 
-        Each patch is counted with the new token that its old token gives most weight to.
+        Each patch is counted with the new token that its old token gives most weight to (of equal ones the first); a
+        new token that no old one gives most weight to has size 0. Where no weight is above 0 the patch is dropped.
         """
         if self.valid is not None:
             weights = weights * self.valid.unsqueeze(1)
@@ -156,6 +161,8 @@ class Tokens:
         fy, fx = factor if isinstance(factor, tuple) else (factor, factor)
         if fy < 1 or fx < 1:
             raise ValueError(f"factor must be at least 1, not {factor}")
+        if self.x.shape[1] == 0:
+            return self
         t, y, x = self.position.unbind(-1)
         rows = ((y + 0.5) / fy).long()
         columns = ((x + 0.5) / fx).long()
@@ -194,10 +201,13 @@ def topk_in_order(score: Tensor, k: int | Tensor, valid: Tensor | None = None) -
         k: how many, one number or (B,) long; K is the largest. Capped at the number of valid tokens.
         valid: (B, N) bool; entries that are False are never taken.
     """
-    if valid is not None:
-        score = score.masked_fill(~valid, float("-inf"))
     order = torch.sort(score, dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device).expand_as(order))
+    if valid is not None:
+        # Behind all others, also behind valid entries of -inf.
+        order = order.gather(1, torch.sort(valid.gather(1, order).byte(), dim=1, descending=True, stable=True).indices)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
+    )
     budget = k.unsqueeze(1) if isinstance(k, Tensor) else k
     chosen = rank < budget
     return compact(chosen if valid is None else chosen & valid)

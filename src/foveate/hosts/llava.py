@@ -404,14 +404,13 @@ class LlavaHost(Host):
         filled = where >= 0
         keep_slot[filled.nonzero(as_tuple=True)[0], where[filled]] = True
         dropped = gone & ~keep_slot
-        method = next((m for s, m in self.plan.items() if s in ("vision.output", "projector")), None)
         self.record("llm.input", "", tokens, tokens)
         self._memory, self._remembered = [], None
         if not bool(dropped.any()):
             self.sequence = self._entry = whole
             return None
-        renumbers = method is None or method.renumbers
-        sequence, order = shorten(whole, present & ~dropped, renumbers)
+        # A prompt that is shorter from the start is numbered like any other; see Method.renumbers.
+        sequence, order = shorten(whole, present & ~dropped, renumber=True)
         sequence = replace(sequence, slots=_reslot(order, where))
         self.sequence = self._entry = sequence
         given["inputs_embeds"] = _take(embeds, order)

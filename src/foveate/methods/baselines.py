@@ -26,7 +26,7 @@ class Dense(Method):
 
     @classmethod
     def for_budget(cls, budget: float, host: HostShape) -> Method:
-        if budget != 1:
+        if share("budget", budget) != 1:
             raise InputError("dense keeps everything; its budget is 1")
         return cls()
 
@@ -61,8 +61,8 @@ class Grid(Method):
 
     card = Card(
         slug="grid", title="Uniform sub-sampling", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
-        summary="Keeps every so-manieth patch of the grid after the vision encoder.", identity={"keep": 1.0},
-        parameters=_KEEP,
+        summary="Keeps the patches at the centres of a coarser grid after the vision encoder.", identity={"keep": 1.0},
+        parameters=_KEEP, coarse=True,
     )  # fmt: skip
 
     def __init__(self, *, keep: float = 0.5) -> None:
@@ -70,17 +70,16 @@ class Grid(Method):
 
     @at("vision.output")
     def sample(self, tokens: Tokens, at: Stage) -> Tokens:
-        rows, columns = coarser(at.signals.grid(), self.keep)
-        height, width = at.signals.grid()
-        y = {int((row + 0.5) * height / rows) for row in range(rows)}
-        x = {int((column + 0.5) * width / columns) for column in range(columns)}
         if self.keep == 1:
             return tokens
+        height, width = at.signals.grid()
+        rows, columns = coarser((height, width), self.keep)
+        y = {int((row + 0.5) * height / rows) for row in range(rows)}
+        x = {int((column + 0.5) * width / columns) for column in range(columns)}
         cell = tokens.position.round().long()
-        inside = [
-            torch.isin(cell[..., axis], torch.tensor(sorted(lines), device=cell.device)) for axis, lines in ((1, y), (2, x))
-        ]
-        return tokens.keep(compact(inside[0] & inside[1] & tokens.mask()))
+        on_row = torch.isin(cell[..., 1], torch.tensor(sorted(y), device=cell.device))
+        on_column = torch.isin(cell[..., 2], torch.tensor(sorted(x), device=cell.device))
+        return tokens.keep(compact(on_row & on_column & tokens.mask()))
 
 
 @register
@@ -90,6 +89,7 @@ class Pool(Method):
     card = Card(
         slug="pool", title="Average pooling", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
         summary="Averages neighbouring patches after the vision encoder.", identity={"keep": 1.0}, parameters=_KEEP,
+        coarse=True,
     )  # fmt: skip
 
     def __init__(self, *, keep: float = 0.5) -> None:
@@ -111,7 +111,7 @@ class Resolution(Method):
     card = Card(
         slug="resolution", title="Lower input resolution", arxiv="", kind="reduce", hosts=("hf-vlm", "hf-vision"),
         baseline=True, summary="Shrinks the picture before the vision encoder.", identity={"keep": 1.0},
-        parameters=_KEEP,
+        parameters=_KEEP, coarse=True,
     )  # fmt: skip
 
     def __init__(self, *, keep: float = 0.5) -> None:

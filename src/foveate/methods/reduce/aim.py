@@ -16,10 +16,12 @@ from foveate.method import (
     at,
     at_depth,
     choice,
+    depth,
     floor_share,
     register,
     share,
     whole,
+    within,
 )
 from foveate.nn.attention import Attention
 from foveate.tokens import Tokens, topk_in_order
@@ -108,19 +110,11 @@ class Aim(Method):
         removed: str = "drop",
     ) -> None:
         self.keep = share("keep", keep)
-        self.first_layer = first_layer
-        if isinstance(first_layer, float):
-            share("first_layer", first_layer)
-        else:
-            whole("first_layer", first_layer)
-        if not 0 <= step <= 1:
-            raise InputError(f"step must be in [0, 1], not {step!r}")
-        if not temperature > 0:
-            raise InputError(f"temperature must be above 0, not {temperature!r}")
-        if not 0 <= damping < 1:
-            raise InputError(f"damping must be in [0, 1), not {damping!r}")
-        self.step, self.temperature, self.damping = float(step), float(temperature), float(damping)
+        self.first_layer = depth("first_layer", first_layer)
+        self.step = within("step", step, "[0, 1]")
+        self.temperature = within("temperature", temperature, "(0, inf)")
         self.iterations = whole("iterations", iterations, 1)
+        self.damping = within("damping", damping, "[0, 1)")
         self.metric = choice("metric", metric, ("keys", "features"))
         self.order = choice("order", order, ("released", "spatial"))
         self.removed = choice("removed", removed, ("drop", "mask"))
@@ -128,13 +122,15 @@ class Aim(Method):
     @classmethod
     def for_budget(cls, budget: float, host: HostShape) -> Method:
         """The default pruning; merging takes the rest of the budget. Above what pruning leaves, its step is smaller."""
-        depth = host.llm_layers
-        for step in (0.125, 0.0625, 0.03125, 0.0):
+        share("budget", budget)
+        layers = host.llm_layers
+        for step in (0.125, 0.0625, 0.03125):
             method = cls(keep=1.0, step=step)
-            seen = sum([1.0, *(method.retained(layer, depth) for layer in range(depth - 1))]) / depth
+            # What is left after a layer is what the next one sees.
+            seen = sum([1.0, *(method.retained(layer, layers) for layer in range(layers - 1))]) / layers
             if seen >= budget:
                 return cls(keep=round(budget / seen, 4), step=step)
-        raise InputError(f"aim: no setting spends {budget} of the visual tokens")
+        return cls(keep=budget, step=0.0)
 
     def check(self, host: HostShape) -> None:
         if self.step:
@@ -160,9 +156,9 @@ class Aim(Method):
 
     def _merge(self, tokens: Tokens, metric: Tensor) -> Tokens:
         if tokens.valid is not None:
-            raise InputError("aim merges crops that have the same number of tokens; put it before other methods")
-        target = int(tokens.x.shape[1] * self.keep + 1e-9)
-        while (surplus := tokens.x.shape[1] - max(1, target)) > 0:
+            raise InputError("aim merges crops with equal numbers of tokens; let no other method act before it")
+        target = merged_count(tokens.x.shape[1], self.keep)
+        while (surplus := tokens.x.shape[1] - target) > 0:
             into = partners(metric, surplus, self.order == "spatial")
             # The metric is merged along, so that it stays that of the merged tokens.
             metric = tokens.with_x(metric).merge(into).x
@@ -178,32 +174,31 @@ class Aim(Method):
         attention = at.signals.attention(layer)
         score = importance(attention, self.temperature, self.iterations, self.damping).gather(1, attention.visual)
         ratio = self.retained(layer, at.host.llm_layers)
-        left = floor_share(at.entered, ratio) if ratio > 0 else torch.zeros_like(at.entered)
-        left = torch.where(at.active, left, at.entered)
+        left = torch.where(at.active, floor_share(at.entered, ratio, least=0), at.entered)
         chosen = topk_in_order(score, left, tokens.valid)
         if self.removed == "drop":
             return tokens.keep(chosen)
         return hide_others(tokens, chosen)
 
-    def retained(self, layer: int, depth: int) -> float:
-        """rho_l, the share of visual tokens that is left after layer l."""
-        first = at_depth("first_layer", self.first_layer, depth)
+    def retained(self, layer: int, layers: int) -> float:
+        """rho_l, the share of visual tokens that is left after layer l of `layers`."""
+        first = at_depth("first_layer", self.first_layer, layers)
         return 1.0 if layer < first else max(0.0, 1 - (layer - first + 1) * self.step)
 
-    def _prunes(self, layer: int, depth: int) -> bool:
+    def _prunes(self, layer: int, layers: int) -> bool:
         if not self.step:
             return False
-        before = self.retained(layer - 1, depth) if layer else 1.0
-        return self.retained(layer, depth) < before
+        before = self.retained(layer - 1, layers) if layer else 1.0
+        return self.retained(layer, layers) < before
 
     def charged_tokens(self, visual: int, depth: int) -> list[int]:
         """Visual tokens of each layer as the authors' script counts them: rho_l already at layer l, not after it."""
-        merged = int(visual * self.keep + 1e-9)
-        return [int(merged * (self.retained(layer, depth) if self.step else 1.0)) for layer in range(depth)]
+        merged = merged_count(visual, self.keep)
+        return [int(merged * (self.retained(layer, depth) if self.step else 1.0) + 1e-9) for layer in range(depth)]
 
     def merge_flops(self, count: int, width: int) -> float:
         """FLOPs of merging `count` tokens of `width` channels, by the authors' formula."""
-        total, target = 0.0, int(count * self.keep + 1e-9)
+        total, target = 0.0, merged_count(count, self.keep)
         while count > target:
             total += 2 * (count / 2) ** 2 * width + 4 * count * width
             count -= min(count // 2, count - target)
@@ -217,35 +212,37 @@ class Aim(Method):
         return float(sum(per * n * n + (2 * heads + 1) * n for n in lengths))
 
 
+def merged_count(count: int, keep: float) -> int:
+    """How many of `count` tokens merging leaves: `floor(keep * count)`, at least 1."""
+    return max(1, int(count * keep + 1e-9))
+
+
 def partners(metric: Tensor, surplus: int, spatial: bool) -> Tensor:
-    """(B, N) long: the group of each token in one merge step that takes away at most `surplus` of N tokens.
+    """(B, N) long: the group of each token in one merge step, which leaves N - min(surplus, N // 2) groups.
 
     Args:
         metric: (B, N, D).
-        surplus: r, capped at N // 2.
-        spatial: number the groups by position instead of unmerged tokens first.
+        surplus: how many tokens are to go; one step takes away N // 2 at most.
+        spatial: number the groups by position, instead of unmerged tokens first, the most similar one leading.
     """
     batch, count, _ = metric.shape
-    r = min(surplus, count // 2)
+    place = torch.arange(count, device=metric.device).expand(batch, -1)
     unit = F.normalize(metric.float(), dim=-1)
-    a, b = unit[:, 0::2], unit[:, 1::2]
-    best, partner = (a @ b.transpose(-1, -2)).max(-1)
+    best, partner = (unit[:, 0::2] @ unit[:, 1::2].transpose(-1, -2)).max(-1)
     order = torch.sort(best, dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(a.shape[1], device=a.device).expand_as(order))
-    merged = rank < r
-    unmerged = a.shape[1] - r
-    into = metric.new_zeros(batch, count, dtype=torch.long)
-    target = unmerged + torch.arange(b.shape[1], device=a.device).expand(batch, -1)
-    into[:, 1::2] = target
-    into[:, 0::2] = torch.where(merged, target.gather(1, partner), rank - r)
+    rank = torch.empty_like(order).scatter_(1, order, place[:, : best.shape[1]])
+    goes = min(surplus, count // 2)
+    merged = rank < goes
+    # Each group is led by its token of B, or by the unmerged token of A that is alone in it.
+    leader = place.clone()
+    leader[:, 0::2] = torch.where(merged, 2 * partner + 1, place[:, 0::2])
     if spatial:
-        # Each group is led by its token of B, or by the unmerged token itself.
-        leads = torch.ones_like(into, dtype=torch.bool)
-        leads[:, 0::2] = ~merged
-        number = leads.long().cumsum(1) - 1
-        lookup = torch.zeros_like(into[:, : count - r]).scatter_(1, into[leads].view(batch, -1), number[leads].view(batch, -1))
-        into = lookup.gather(1, into)
-    return into
+        number = (leader == place).long().cumsum(1) - 1
+    else:
+        number = torch.zeros_like(place)
+        number[:, 0::2] = rank - goes
+        number[:, 1::2] = best.shape[1] - goes + place[:, : count // 2]
+    return number.gather(1, leader)
 
 
 def importance(attention: Attention, temperature: float, iterations: int, damping: float) -> Tensor:

@@ -21,7 +21,7 @@ from foveate.method import (
     whole,
 )
 from foveate.nn.attention import Attention
-from foveate.tokens import Tokens, topk_in_order
+from foveate.tokens import Tokens, compact, topk_in_order
 
 
 @register
@@ -31,8 +31,8 @@ class FoPru(Method):
     With `A (B, H, S, S)` the attention of the encoder layer whose features the model uses, patch j is as significant
     as the attention it receives, `s_j = mean_i mean_h A[h, i, j]`. The rank strategy keeps the `floor(keep * N)` most
     significant patches of each crop; the row strategy the `floor(keep * rows)` rows with the greatest sum, for content
-    that has to stay in one piece, like lines of text. What is kept stays in reading order and is not changed:
-    `(B, N, C) -> (B, K, C)`.
+    that has to stay in one piece, like lines of text; neither keeps less than one. What is kept stays in reading order
+    and is not changed: `(B, N, C) -> (B, K, C)`.
 
     FoPru: Focal Pruning for Efficient Large Vision-Language Models, https://arxiv.org/abs/2411.14164. The three
     steps (significance, pruning, reordering) and both strategies are the paper's. The attention layer, the mean over
@@ -123,19 +123,23 @@ class FoPru(Method):
 
 def significance(attention: Attention, queries: str, prefix: int) -> Tensor:
     """(B, N): the attention that each patch receives, mean over heads and over the rows in `queries`."""
-    asked = None
+    asked = torch.ones(attention.query.shape[0], attention.length, dtype=torch.bool, device=attention.query.device)
+    if attention.present is not None:
+        asked &= attention.present
     if queries == "patches":
-        asked = torch.ones(attention.query.shape[0], attention.length, dtype=torch.bool, device=attention.query.device)
         asked[:, :prefix] = False
+    # The class column is left out only here, after the softmax: it is no candidate, but it takes its attention.
     return attention.received(asked).gather(1, attention.visual)
 
 
 def best_rows(score: Tensor, tokens: Tokens, rows: int, keep: float) -> Tensor:
-    """Indices (B, K), ascending, of all tokens in the `floor(keep * rows)` rows (at least 1) with the greatest sum."""
+    """Indices (B, K), ascending, of all tokens in the rows with the greatest sum of `score` (B, N).
+
+    `floor(keep * r)` rows, at least 1, where r of the grid's `rows` have a token at all.
+    """
     row = tokens.position[..., 1].round().long().clamp(0, rows - 1)
     mask = tokens.mask()
     total = score.new_zeros(score.shape[0], rows).scatter_add(1, row, score * mask)
-    count = max(1, int(rows * keep + 1e-9))
-    best = topk_in_order(total, count)
-    chosen = (row.unsqueeze(-1) == best.unsqueeze(1)).any(-1) & mask
-    return topk_in_order(chosen.float(), chosen.sum(1), chosen)
+    filled = torch.zeros_like(total).scatter_add(1, row, mask.to(total.dtype)) > 0
+    best = topk_in_order(total, floor_share(filled.sum(1), keep), filled)
+    return compact((row.unsqueeze(-1) == best.unsqueeze(1)).any(-1) & mask)

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
-from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, at_depth, floor_share, register, share
+from foveate.method import (
+    Card,
+    Claim,
+    HostShape,
+    InputError,
+    Method,
+    Stage,
+    at,
+    at_depth,
+    depth,
+    floor_share,
+    register,
+    share,
+)
 from foveate.tokens import Tokens, topk_in_order
 
 
@@ -28,7 +42,7 @@ class PyramidDrop(Method):
         slug="pyramiddrop",
         title="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
         arxiv="2410.17247", year=2024, kind="reduce", hosts=("hf-vlm",), identity={"keep": 1.0},
-        summary="Drops a share of the visual tokens after each quarter of the language model, by instruction attention.",
+        summary="Drops a share of the visual tokens at each quarter of the language model, by instruction attention.",
         parameters={
             "layers": "after how many layers to drop: whole numbers, or shares of the depth (0.25 of 32 is 8)",
             "keep": "share kept at each of them (the paper's lambda), or what is left of V at each, one per layer",
@@ -71,18 +85,16 @@ class PyramidDrop(Method):
     def __init__(
         self, *, layers: Sequence[int | float] = (0.25, 0.5, 0.75), keep: float | Sequence[float] = 0.5
     ) -> None:
-        if isinstance(layers, int | float | str) or len(set(layers)) != len(layers):
-            raise InputError(f"layers must be a list without repeats, not {layers!r}")
-        for layer in layers:
-            inside = 0 < layer < 1 if isinstance(layer, float) else isinstance(layer, int) and layer >= 1
-            if not inside:
-                raise InputError(f"layers must be whole numbers >= 1 or shares in (0, 1), not {layer!r}")
-        self.layers = tuple(layers)
+        if not isinstance(layers, list | tuple):
+            raise InputError(f"layers must be a list of layers, not {layers!r}")
+        self.layers = tuple(depth("layers", layer, least=1) for layer in layers)
+        if len(set(self.layers)) != len(self.layers):
+            raise InputError(f"layers must not repeat, not {layers!r}")
         if isinstance(keep, Sequence):
             ratios = tuple(share("keep", one) for one in keep)
             if len(ratios) != len(self.layers):
                 raise InputError(f"keep has {len(ratios)} ratios for {len(self.layers)} layers")
-            if any(later > earlier for earlier, later in zip(ratios, ratios[1:])):
+            if any(later > earlier for earlier, later in pairwise(ratios)):
                 raise InputError(f"keep must not grow from layer to layer, not {keep!r}")
             self.keep: float | tuple[float, ...] = ratios
         else:
@@ -98,14 +110,14 @@ class PyramidDrop(Method):
     @classmethod
     def for_budget(cls, budget: float, host: HostShape) -> Method:
         """Four stages. Where the first quarter of the layers alone costs more than the budget, they begin earlier."""
-        depth = host.llm_layers
-        if budget == 1:
+        if share("budget", budget) == 1:
             return cls(keep=1.0)
-        for first in range(max(1, depth // 4), 0, -1):
-            layers = tuple(s for s in (first, 2 * first, 3 * first) if s < depth)
+        count = host.llm_layers
+        for first in range(max(1, count // 4), 0, -1):
+            layers = tuple(s for s in (first, 2 * first, 3 * first) if s < count)
 
             def spent(keep: float, layers: tuple[int, ...] = layers) -> float:
-                return sum(keep ** sum(layer >= s for s in layers) for layer in range(depth)) / depth
+                return sum(keep ** sum(layer >= s for s in layers) for layer in range(count)) / count
 
             # At least a tenth at each stage: with less, a stage would be a plain cut.
             if spent(0.1) <= budget:
@@ -115,20 +127,22 @@ class PyramidDrop(Method):
                     low, high = (middle, high) if spent(middle) < budget else (low, middle)
                 return cls(layers=layers, keep=round(low, 4))
         raise InputError(
-            f"pyramiddrop cannot spend as little as {budget} of the visual tokens: the first of {depth} layers sees all"
+            f"pyramiddrop cannot spend as little as {budget} of the visual tokens: the first of {count} layers sees all"
         )
 
     def check(self, host: HostShape) -> None:
-        stages = [at_depth("layers", layer, host.llm_layers) for layer in self.layers]
+        stages = [at_depth("layers", layer, host.llm_layers, least=1) for layer in self.layers]
         if stages != sorted(set(stages)):
             raise InputError(f"layers {self.layers} are {stages} on this host; they must ascend")
 
     @at("llm.layer")
     def shrink(self, tokens: Tokens, at: Stage) -> Tokens:
+        # "After s layers" is before the layer with the 0-based number s, whose weights do the ranking.
         stages = {at_depth("layers", s, at.host.llm_layers): ratio for s, ratio in zip(self.layers, self.ratios)}
         ratio = stages.get(at.layer, 1.0)
         if ratio == 1:
             return tokens
-        left = torch.where(at.active, floor_share(at.entered, ratio), at.entered)
+        # Of the V that entered, not of those that are left.
+        left = torch.where(at.active, floor_share(at.entered, ratio, least=0), at.entered)
         rank = at.signals.text_to_vision(at.layer)
         return tokens.keep(topk_in_order(rank, left, tokens.valid))

@@ -81,7 +81,8 @@ class VtcCls(Method):
 
     @classmethod
     def for_budget(cls, budget: float, host: HostShape) -> Method:
-        return cls(keep=budget, layers=min(4, host.feature_layer + 1))
+        """The budget is spent at the entry; fewer than four layers are summed where the encoder is short."""
+        return cls(keep=share("budget", budget), layers=min(4, host.feature_layer + 1))
 
     def check(self, host: HostShape) -> None:
         if self.layers > host.feature_layer + 1:
@@ -97,7 +98,7 @@ class VtcCls(Method):
         if self._keeps_all:
             return tokens
         attention = torch.stack([_attended(layer, at) for layer in self._window(at.host)])
-        score = attention.sum(0) if self.combine == "sum" else getattr(attention, f"a{self.combine}")(0)
+        score = {"sum": attention.sum(0), "max": attention.amax(0), "min": attention.amin(0)}[self.combine]
         budget = floor_share(tokens.count, self.keep) if self.tokens is None else self.tokens
         return tokens.keep(topk_in_order(score, budget, tokens.valid))
 
@@ -110,6 +111,7 @@ class VtcCls(Method):
 
 
 def _attended(layer: int, at: Stage) -> torch.Tensor:
+    """(B, N): what the class token pays each patch; without one, what each patch receives from all (ours)."""
     if at.host.prefix:
         return at.signals.cls_attention(layer)
     attention = at.signals.attention(layer)
