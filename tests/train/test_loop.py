@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -94,7 +95,8 @@ def test_equals_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         loss.backward()
         gradients = {name: parameters[name].grad.clone() for name in decays}  # type: ignore[union-attr]
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-        rate = 0.05 * (step + 1) / 2 if step < 2 else 0.05 * (0.01 + 0.99 * (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
+        fallen = (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+        rate = 0.05 * (step + 1) / 2 if step < 2 else 0.05 * (0.01 + 0.99 * fallen)
         with torch.no_grad():
             for name, decay in decays.items():
                 g = gradients[name] * min(1.0, 0.5 / (norm + 1e-6))
@@ -249,7 +251,7 @@ def test_learning_rate_warms_up_and_falls() -> None:
     rates = [learning_rate(step, settings) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
     assert rates[10] == pytest.approx(2.0)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(2.0 * (0.01 + 0.99 / 2))
     assert 0.02 <= rates[-1] < 0.03
 

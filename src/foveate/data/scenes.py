@@ -194,9 +194,7 @@ class Scene:
         """E.g. "a dog at the top left , an apple at the center ." (regions hold the centres of the boxes)."""
         if not self.objects:
             return "nothing ."
-        parts = [
-            f"{_article(o.name)} {o.name} at the {region_of(o.box, self.image.shape[0])}" for o in self.objects
-        ]
+        parts = [f"{_article(o.name)} {o.name} at the {region_of(o.box, self.image.shape[0])}" for o in self.objects]
         return " , ".join(parts) + " ."
 
     @functools.cached_property
@@ -252,9 +250,7 @@ class Scenes:
         image, masks = compose(layout, self.size)
         objects = []
         for placement, mask in zip(layout.placements, masks):
-            objects.append(
-                SceneObject(placement.name, CATEGORY_OF[placement.name], _box(mask), mask, int(mask.sum()))
-            )
+            objects.append(SceneObject(placement.name, CATEGORY_OF[placement.name], _box(mask), mask, int(mask.sum())))
         return Scene(self.split, self.seed, index, image, tuple(objects), layout)
 
     def __iter__(self) -> Iterator[Scene]:
@@ -652,7 +648,5 @@ def moved(layout: Layout, offsets: list[tuple[int, int]]) -> Layout:
     """The layout with every placement moved by its (dx, dy) px: the next frame of a clip."""
     if len(offsets) != len(layout.placements):
         raise ValueError(f"offsets must have {len(layout.placements)} entries, not {len(offsets)}")
-    placements = tuple(
-        replace(p, left=p.left + dx, top=p.top + dy) for p, (dx, dy) in zip(layout.placements, offsets)
-    )
+    placements = tuple(replace(p, left=p.left + dx, top=p.top + dy) for p, (dx, dy) in zip(layout.placements, offsets))
     return Layout(layout.background, placements)
