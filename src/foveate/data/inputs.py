@@ -1,0 +1,190 @@
+"""Reading the user's pictures and questions, with limits; anything unusable is an `InputError` of one line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from foveate.data.samples import Sample
+from foveate.method import InputError
+
+MAX_PIXELS = 80_000_000
+"""Of one picture; below the number from which Pillow itself warns."""
+MAX_TOTAL_PIXELS = 1_000_000_000
+"""Of all pictures of a JSONL file together: 3 GB once decoded."""
+MAX_JSONL_BYTES = 256 * 2**20
+
+# Only formats that Pillow decodes itself: it would hand EPS to Ghostscript.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_FIELDS = ("image", "prompt", "question", "answer", "type", "id")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The first frame of a picture file, RGB, upright by its EXIF orientation, transparency over white.
+
+    Raises:
+        InputError: no such file, not a regular file, not a picture, truncated, more than `MAX_PIXELS`, or
+            floating-point pixels that are NaN, infinite or outside 0..255.
+    """
+    path = _file(path, "picture")
+    try:
+        # A bomb warning means more pixels than MAX_PIXELS; the check below words it better.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise InputError(
+                        f"{path}: {width} x {height} pixels are more than the limit of {MAX_PIXELS:,}; scale it down"
+                    )
+                picture.load()
+                return _rgb(ImageOps.exif_transpose(picture), path)
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: more pixels than the limit of {MAX_PIXELS:,}; scale it down") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture that can be read; give one of {', '.join(_FORMATS)}") from None
+    except MemoryError:
+        raise InputError(f"{path}: there is not enough memory to decode this picture") from None
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … on damaged files.
+        raise InputError(f"{path}: the picture is damaged or truncated ({_line(error)})") from None
+
+
+def read_jsonl(path: str | Path) -> list[Sample]:
+    """Questions about pictures, one JSON object a line; blank lines are skipped.
+
+    `{"image": file or [files], "prompt" or "question": text, "answer": text, "type": text, "id": text}`, files
+    relative to the JSONL's folder, the last three optional. A picture that several lines name is read once.
+
+    Raises:
+        InputError: with the line number, for malformed lines, missing or unknown fields, unusable pictures, a file
+            without any record, or one beyond the limits.
+    """
+    path = _file(path, "data set")
+    if path.stat().st_size > MAX_JSONL_BYTES:
+        raise InputError(f"{path}: more than {MAX_JSONL_BYTES // 2**20} MiB; split it")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    pictures: dict[Path, Image.Image] = {}
+    samples: list[Sample] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{path}:{number}: not usable JSON: {_line(error)}") from None
+        try:
+            samples.append(_sample(record, path.parent, number, pictures))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+    if not samples:
+        raise InputError(f"{path}: no records; a line is {{\"image\": FILE, \"prompt\": TEXT, \"answer\": TEXT}}")
+    return samples
+
+
+def _file(path: str | Path, what: str) -> Path:
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: a folder, not a {what} file")
+        if not path.exists():
+            raise InputError(f"{path}: no such {what} file")
+        # A pipe would block and /dev/zero would never end.
+        if not path.is_file():
+            raise InputError(f"{path}: not a regular file")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the {what} file is empty")
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(path)[:200]!r}: cannot be read ({_line(error)})") from None
+    return path
+
+
+def _rgb(picture: Image.Image, path: Path) -> Image.Image:
+    if picture.width == 0 or picture.height == 0:
+        raise InputError(f"{path}: the picture has no pixels")
+    if picture.mode == "F":
+        values = np.asarray(picture)
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: the picture has NaN or infinite pixels")
+        if values.min() < 0 or values.max() > 255:
+            raise InputError(f"{path}: floating-point pixels must lie in 0..1 or 0..255")
+        scale = 255 if values.max() <= 1 else 1
+        return Image.fromarray(np.rint(values * scale).astype(np.uint8)).convert("RGB")
+    if picture.mode.startswith("I"):
+        # 16-bit grey: Pillow would clip at 255 and make nearly everything white.
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise InputError(f"{path}: integer pixels must lie in 0..65535")
+        scaled = values if values.max() <= 255 and picture.mode == "I" else values // 257
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        layered = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _sample(record: Any, folder: Path, number: int, pictures: dict[Path, Image.Image]) -> Sample:
+    if not isinstance(record, dict):
+        raise InputError(f"a record must be a JSON object, not {type(record).__name__}")
+    unknown = [name for name in record if name not in _FIELDS]
+    if unknown:
+        raise InputError(f"unknown field {unknown[0][:60]!r}; there are {', '.join(_FIELDS)}")
+    if "prompt" in record and "question" in record:
+        raise InputError("give either 'prompt' or 'question', not both")
+    if "prompt" not in record and "question" not in record:
+        raise InputError("the field 'prompt' is missing")
+    if "image" not in record:
+        raise InputError("the field 'image' is missing")
+    name = "prompt" if "prompt" in record else "question"
+    prompt = record[name]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{name!r} must be text, not {_short(prompt)}")
+    for optional in ("answer", "type", "id"):
+        if not isinstance(record.get(optional), str | None):
+            raise InputError(f"{optional!r} must be text, not {_short(record[optional])}")
+    files = record["image"] if isinstance(record["image"], list) else [record["image"]]
+    if not files or not all(isinstance(one, str) and one for one in files):
+        raise InputError(f"'image' must be a file name or a list of them, not {_short(record['image'])}")
+    images = []
+    for file in files:
+        path = folder / file
+        if path not in pictures:
+            picture = read_image(path)
+            if sum(one.width * one.height for one in (*pictures.values(), picture)) > MAX_TOTAL_PIXELS:
+                raise InputError(
+                    f"the pictures so far have more than {MAX_TOTAL_PIXELS:,} pixels; scale them down or split the file"
+                )
+            pictures[path] = picture
+        images.append(pictures[path])
+    return Sample(
+        images=tuple(images),
+        prompt=prompt,
+        answer=record.get("answer"),
+        type=record.get("type"),
+        id=record.get("id") or str(number),
+    )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

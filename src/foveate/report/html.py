@@ -1,0 +1,134 @@
+"""The HTML report: one file that needs nothing else, neither scripts nor the network."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from foveate.method import registry
+from foveate.report.overlay import SIDE, draw_overlay
+from foveate.report.plot import plot_svg
+from foveate.report.wording import LEGEND, cells, is_choice, number, sections, shown_columns
+
+if TYPE_CHECKING:
+    from foveate.measure.compare import Comparison, Row
+
+
+def report_html(
+    comparison: Comparison, *, command: str, model: str, prompt: str, picture: Image.Image | None = None
+) -> str:
+    """The report as text. Whatever the user gave (command, model, prompt, names) is escaped.
+
+    Args:
+        comparison: what was measured.
+        command: the command line that makes this report again.
+        model: name or path of the model.
+        prompt: the question asked about `picture`.
+        picture: what the model saw of the picture that `comparison.overlays` belong to.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = importlib.resources.files("foveate.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    columns = shown_columns(comparison.rows)
+    chosen = next((row for row in comparison.rows if is_choice(comparison, row)), None)
+    return environment.from_string(source).render(
+        model=model,
+        command=command,
+        prompt=prompt,
+        samples=comparison.samples,
+        environment=_flat(comparison.environment),
+        why=comparison.why,
+        chosen=None if chosen is None else cells(chosen),
+        plot=Markup(plot_svg(comparison)),  # our own drawing; matplotlib escapes the names in it
+        columns=columns,
+        legend={name: text for name, text in LEGEND.items() if name in columns},
+        sections=[[_table_row(comparison, row, first=row is group[0]) for group in block for row in group]
+                  for block in sections(comparison)],
+        by_type=_by_type(comparison),
+        picture=None if picture is None else _data(_shown(picture)),
+        gallery=[] if picture is None else _gallery(comparison, picture),
+        papers=_papers(comparison.rows),
+    )  # fmt: skip
+
+
+def _table_row(comparison: Comparison, row: Row, first: bool) -> dict[str, Any]:
+    settings = ", ".join(f"{name}={value}" for name, value in (row.settings or {}).items())
+    stages = " · ".join(f"{label}: {number(left, 1)}" for label, left in row.stages or ())
+    return {
+        "cells": cells(row),
+        "refused": row.refused,
+        "settings": settings,
+        "stages": stages,
+        "chosen": is_choice(comparison, row),
+        "first": first,
+    }
+
+
+def _by_type(comparison: Comparison) -> dict[str, Any] | None:
+    """Accuracy by type of question: column heads and a line a row, or None without types."""
+    rows = [row for row in comparison.rows if row.accuracy_by_type]
+    types = sorted({kind for row in rows for kind in row.accuracy_by_type})
+    if len(types) < 2:
+        return None
+    lines = []
+    for block in sections(comparison):
+        for row in (row for group in block for row in group if row.accuracy_by_type):
+            values = [row.accuracy_by_type.get(kind) for kind in types]
+            lines.append(
+                {
+                    "method": row.method,
+                    "budget": number(row.budget),
+                    "baseline": row.baseline,
+                    "values": ["–" if value is None else f"{100 * value:.0f}" for value in values],
+                }
+            )
+    return {"types": types, "lines": lines}
+
+
+def _gallery(comparison: Comparison, picture: Image.Image) -> list[dict[str, Any]]:
+    """A line a method, methods before baselines, with an overlay a budget."""
+    baselines = {row.method for row in comparison.rows if row.baseline}
+    names = list(dict.fromkeys(overlay.method for overlay in comparison.overlays))
+    lines = []
+    for name in sorted(names, key=lambda name: (name in baselines, names.index(name))):
+        if name == "dense":
+            continue
+        shown = sorted((one for one in comparison.overlays if one.method == name), key=lambda one: -one.budget)
+        pictures = [{"budget": number(one.budget), "data": _data(draw_overlay(picture, one))} for one in shown]
+        lines.append({"method": name, "baseline": name in baselines, "pictures": pictures})
+    return lines
+
+
+def _shown(picture: Image.Image) -> Image.Image:
+    scale = SIDE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def _data(picture: Image.Image) -> Markup:
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
+
+
+def _papers(rows: Sequence[Row]) -> list[dict[str, str]]:
+    known = registry()
+    cards = [known[name].card for name in dict.fromkeys(row.method for row in rows) if name in known]
+    return [{"slug": card.slug, "title": card.title, "arxiv": card.arxiv} for card in cards if card.arxiv]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested facts as `a.b -> text`."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name} ")
+        else:
+            found[f"{prefix}{name}"] = str(value)
+    return found
