@@ -1,0 +1,70 @@
+"""Where visual tokens went: counts at each layer of the language model, and one picture's overlay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from foveate.hosts.host import Record
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """What became of every patch of one picture (of several crops: the first, which shows all of it).
+
+    Attributes:
+        method: slug.
+        budget: that the method was set to.
+        grid: (rows, columns) of patches.
+        depth: row by row, the share of the language model's depth at which the patch was dropped: 0 before the language
+            model, 1 never.
+        group: row by row, one number for all patches merged into one token, -1 for a patch that was not merged.
+    """
+
+    method: str
+    budget: float
+    grid: tuple[int, int]
+    depth: tuple[float, ...]
+    group: tuple[int, ...]
+
+
+def visual_tokens(trace: Sequence[Record], depth: int) -> list[tuple[int, ...]]:
+    """For each layer of the language model, the visual tokens of each sample that are in its input."""
+    entered = next(record.tokens_out for record in trace if record.stage == "llm.input")
+    changes = {_layer(record.stage): record.tokens_out for record in trace if record.stage.startswith("llm.layer")}
+    counts, now = [], entered
+    for layer in range(depth):
+        now = changes.get(layer, now)
+        counts.append(now)
+    return counts
+
+
+def overlay(
+    trace: Sequence[Record], depth: int, grid: tuple[int, int], method: str, budget: float, sample: int = 0
+) -> Overlay:
+    """The overlay of one sample of the forward that `trace` recorded. Patches of the first crop come first in `source`."""
+    patches = grid[0] * grid[1]
+    dropped = torch.ones(patches)
+    group = torch.full((patches,), -1)
+    first_free = 0
+    for record in trace:
+        if record.stage != "llm.input" and not record.stage.startswith("llm.layer"):
+            continue
+        share = 0.0 if record.stage == "llm.input" else _layer(record.stage) / depth
+        whole = record.source[sample].cpu()
+        source = whole[:patches]
+        dropped = torch.where((source < 0) & (dropped == 1), share, dropped)
+        carried = torch.bincount(whole[whole >= 0], minlength=1)
+        merged = (source >= 0) & (carried[source.clamp(min=0)] > 1)
+        group = torch.where(merged, first_free + source, group)
+        first_free += len(carried)
+    numbers = {old: new for new, old in enumerate(dict.fromkeys(g for g in group.tolist() if g >= 0))}
+    return Overlay(
+        method, budget, grid, tuple(dropped.tolist()), tuple(numbers.get(g, -1) for g in group.tolist())
+    )
+
+
+def _layer(stage: str) -> int:
+    return int(stage.partition("[")[2].rstrip("]"))
