@@ -17,7 +17,7 @@ from foveate import train, zoo
 from foveate.data.scenes import NAMES, QUESTION_TYPES, Question, Scenes
 from foveate.method import InputError
 from foveate.train.loop import write_json, write_tensors
-from foveate.train.tiny_llava import TinyLlava, TinyLlavaSettings, pack, segment_mask
+from foveate.train.tiny_llava import TinyLlava, TinyLlavaSettings, name_boxes, pack, segment_mask
 from foveate.train.tiny_vit import normalised
 
 
@@ -82,6 +82,25 @@ def test_pack_refuses_unknown_words(recipe):
         pack([(Question("presence", "is there a zebra ?", "no"),)], recipe.tokenizer, 144)
     with pytest.raises(InputError, match="top left"):
         pack([(Question("where", "where is the dog ?", "top left"),)], recipe.tokenizer, 144)
+
+
+def test_boxes_are_at_the_names_in_questions(recipe):
+    """By a walk over the words of every question; names that occur twice and answers have none."""
+    scenes = [Scenes("train", 5)[i] for i in range(6)]
+    packed = pack([s.questions for s in scenes], recipe.tokenizer, 144)
+    boxes = name_boxes(packed, scenes, recipe.tokenizer)
+    expected = torch.zeros_like(boxes)
+    for row, scene in enumerate(scenes):
+        place = 147
+        names = [thing.name for thing in scene.objects]
+        for question in scene.questions:
+            for word in question.question.split():
+                if names.count(word) == 1:
+                    x1, y1, x2, y2 = scene.objects[names.index(word)].box
+                    expected[row, place] = torch.tensor([x1 + x2, y1 + y2, 2 * (x2 - x1), 2 * (y2 - y1)]) / 192
+                place += 1
+            place += 3  # assistant : answer
+    assert torch.allclose(boxes, expected) and int((boxes[..., 2] > 0).sum()) > 20
 
 
 def test_segment_mask_by_loops():

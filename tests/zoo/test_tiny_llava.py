@@ -45,7 +45,7 @@ def test_tokenizer_lower_cases_and_splits_at_punctuation():
         == tokenizer("user : is there a dog ? assistant :")["input_ids"]
     )
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROMPT)["input_ids"])
-    assert tokens == "<s> user : <image> is there a dog ? assistant :".split()
+    assert tokens == ["<s>", "user", ":", "<image>", "is", "there", "a", "dog", "?", "assistant", ":"]
 
 
 def test_processor_resizes_without_a_crop_and_scales_to_one():

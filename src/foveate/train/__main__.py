@@ -18,16 +18,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for weights, metrics, log and checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="delete earlier progress in the folder")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model and a few steps: does everything work?"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps: does everything work?")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the recipe")
     given = parser.parse_args()
     try:
         overrides = dict(_setting(text) for text in given.set)
-        run(
-            given.name, out=given.out, seed=given.seed, resume=not given.fresh, smoke=given.smoke, **overrides
-        )
+        run(given.name, out=given.out, seed=given.seed, resume=not given.fresh, smoke=given.smoke, **overrides)
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -278,9 +278,7 @@ def write_json(file: Path, value: Any) -> None:
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file to a temporary name and renames it."""
     partial = file.with_name(f".{file.name}.partial")
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, {"format": "pt"}
-    )
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, {"format": "pt"})
     os.replace(partial, file)
 
 
@@ -310,9 +308,7 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
 
 
-def _loader(
-    recipe: Recipe, settings: Settings, start: int, last: int, accelerator: Accelerator
-) -> DataLoader[Batch]:
+def _loader(recipe: Recipe, settings: Settings, start: int, last: int, accelerator: Accelerator) -> DataLoader[Batch]:
     steps = _Steps(recipe, start, last, accelerator.process_index, accelerator.num_processes)
     if settings.workers == 0:
         return DataLoader(steps, batch_size=None)

@@ -10,6 +10,10 @@ question sees exactly what it would see alone: one picture's tokens are computed
 
 The start matters for so small a model. The embeddings of the object names are the tower's own class directions, and
 the projector begins near the identity: a visual token on a dog points towards the word "dog" from the first step.
+
+No question asks for the place of a named object, which "where is the dog relative to the fox ?" needs twice. So there
+is a second loss: halfway up the language model, the state of a name in a question predicts the box of its object. Its
+linear head is not part of the exported model.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from foveate import zoo
-from foveate.data.scenes import NAMES, QUESTION_TYPES, Question, Scenes, held_out_questions, words
+from foveate.data.scenes import NAMES, QUESTION_TYPES, Question, Scene, Scenes, held_out_questions, words
 from foveate.method import InputError
 from foveate.train.loop import Batch, Recipe, Settings, train
 from foveate.train.tiny_vit import TinyVit, normalised
@@ -42,6 +46,7 @@ class TinyLlavaSettings(Settings):
     """`tower`: folder of a trained tiny-vit; "" takes the zoo's, or trains one first where there is none.
 
     `layers`, `width`, `heads`, `intermediate`: of the language model; `width` must be the tower's.
+    `box_weight`: of the boxes' loss, which counts from step `box_from` on.
     """
 
     steps: int = 2400
@@ -53,16 +58,19 @@ class TinyLlavaSettings(Settings):
     width: int = 128
     heads: int = 4
     intermediate: int = 352
+    box_weight: float = 3.0
+    box_from: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("layers", "width", "heads", "intermediate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, not {getattr(self, name)}")
+        for name in ("box_weight", "box_from"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be >= 0, not {getattr(self, name)}")
         if self.width % (2 * self.heads):
-            raise InputError(
-                f"width must be a multiple of 2 * heads, not {self.width} with {self.heads} heads"
-            )
+            raise InputError(f"width must be a multiple of 2 * heads, not {self.width} with {self.heads} heads")
 
 
 class TinyLlava(Recipe):
@@ -140,25 +148,22 @@ class TinyLlava(Recipe):
     def batch(self, step: int, rank: int, world: int) -> Batch:
         first = step * self.settings.batch
         scenes = [self.scenes[first + i] for i in range(rank, self.settings.batch, world)]
-        packed = pack(
-            [scene.questions for scene in scenes], self.tokenizer, self.llava.config.image_seq_length
-        )
-        packed["image"] = (
-            torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()
-        )
+        packed = pack([scene.questions for scene in scenes], self.tokenizer, self.llava.config.image_seq_length)
+        packed["image"] = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()
+        packed["boxes"] = name_boxes(packed, scenes, self.tokenizer)
+        packed["box_weight"] = torch.tensor(self.settings.box_weight if step >= self.settings.box_from else 0.0)
         return packed
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Mean over the question types, so that rare types weigh as much as frequent ones; accuracies by type."""
-        losses, right = model(**batch)
-        # (question, 2): the answer's word and the end.
-        kinds, parts, means = batch["kinds"], {}, []
+        losses, right, distance = model(**{key: value for key, value in batch.items() if key != "box_weight"})
+        kinds, parts, means = batch["kinds"], {"boxes": float(distance.detach())}, []
         for kind, name in enumerate(QUESTION_TYPES):
             chosen = kinds == kind
             if chosen.any():
                 means.append(losses[chosen].mean())
                 parts[name] = float(right[chosen].float().mean())
-        return torch.stack(means).mean(), parts
+        return torch.stack(means).mean() + batch["box_weight"] * distance, parts
 
     def export(self, folder: Path) -> None:
         from foveate.zoo.llava import save_llava
@@ -175,23 +180,37 @@ class _Objective(nn.Module):
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.llava = llava
+        self.box_head = nn.Linear(llava.config.text_config.hidden_size, 4)
 
     def forward(
-        self, image: Tensor, ids: Tensor, position: Tensor, segment: Tensor, labels: Tensor, kinds: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`losses` (questions,) summed over the answer's word and the end; `right` (questions,) bool."""
+        self,
+        image: Tensor,
+        ids: Tensor,
+        position: Tensor,
+        segment: Tensor,
+        labels: Tensor,
+        kinds: Tensor,
+        boxes: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`losses` (questions,) of the answer's word and the end, `right` (questions,) bool, the boxes' loss."""
         outputs = self.llava.model(
             input_ids=ids,
             pixel_values=normalised(image),
             attention_mask=segment_mask(segment),
             position_ids=position,
             use_cache=False,
+            output_hidden_states=True,
         )
         asked = labels != _NO_LABEL
         logits = self.llava.lm_head(outputs.last_hidden_state[asked])
         wanted = labels[asked]
         losses = F.cross_entropy(logits, wanted, reduction="none").view(-1, 2).sum(1)
-        return losses, (logits.argmax(-1) == wanted).view(-1, 2).all(1)
+        right = (logits.argmax(-1) == wanted).view(-1, 2).all(1)
+
+        middle = outputs.hidden_states[(len(outputs.hidden_states) - 1) // 2]
+        named = boxes[..., 2] > 0
+        distance = F.smooth_l1_loss(self.box_head(middle[named]), boxes[named], reduction="sum", beta=0.05)
+        return losses, right, distance / (4 * named.sum()).clamp(min=1)
 
 
 def pack(
@@ -229,10 +248,26 @@ def pack(
     length = max(len(row[0]) for row in rows)
     fill = (vocabulary["<pad>"], 0, -1, _NO_LABEL)
     columns = [
-        torch.tensor([row[i] + [value] * (length - len(row[i])) for row in rows])
-        for i, value in enumerate(fill)
+        torch.tensor([row[i] + [value] * (length - len(row[i])) for row in rows]) for i, value in enumerate(fill)
     ]
     return dict(zip(("ids", "position", "segment", "labels"), columns)) | {"kinds": torch.tensor(kinds)}
+
+
+def name_boxes(packed: dict[str, Tensor], scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """(B, S, 4) centre x, centre y, width, height of the object that a question's token names.
+
+    They are shares of the picture. Zero for all other tokens, for answers, and for names that several objects have.
+    """
+    boxes = torch.zeros(*packed["ids"].shape, 4)
+    asking = (packed["segment"] > 0) & (packed["labels"] == _NO_LABEL)
+    for row, scene in enumerate(scenes):
+        count = Counter(thing.name for thing in scene.objects)
+        for thing in scene.objects:
+            if count[thing.name] == 1:
+                x1, y1, x2, y2 = (edge / scene.image.shape[0] for edge in thing.box)
+                here = asking[row] & (packed["ids"][row] == tokenizer.convert_tokens_to_ids(thing.name))
+                boxes[row, here] = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+    return boxes
 
 
 def segment_mask(segment: Tensor) -> Tensor:

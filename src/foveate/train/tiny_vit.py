@@ -105,9 +105,7 @@ class TinyVit(Recipe):
         try:
             from torchmetrics.classification import MultilabelAveragePrecision
         except ImportError:
-            raise InputError(
-                "evaluating tiny-vit needs torchmetrics: pip install 'foveate[metrics]'"
-            ) from None
+            raise InputError("evaluating tiny-vit needs torchmetrics: pip install 'foveate[metrics]'") from None
         tower: Any = self.model.tower
         scenes, count = Scenes("test", 0), self.settings.test_scenes
         precision = MultilabelAveragePrecision(len(NAMES), average="macro")
@@ -125,9 +123,7 @@ class TinyVit(Recipe):
                 ("early", tower.early_patch_head(early[:, 1:])),
             ):
                 found = logits.argmax(-1).flatten().cpu()
-                confusion[name] += torch.bincount(labels * classes + found, minlength=classes**2).view(
-                    classes, classes
-                )
+                confusion[name] += torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes)
             distance = (tower.early_box_head(early[:, 1:]).cpu() - batch["boxes"]).abs()[batch["labels"] > 0]
             box_error, boxes_seen = box_error + float(distance.sum()), boxes_seen + distance.numel()
         return {
@@ -155,9 +151,7 @@ def scene_batch(scenes: list[Scene]) -> Batch:
         centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
         boxes.append(np.concatenate([centre, extent], axis=1)[patch_owner(scene, 8).ravel() + 1])
     return {
-        "image": torch.from_numpy(np.stack([scene.image for scene in scenes]))
-        .permute(0, 3, 1, 2)
-        .contiguous(),
+        "image": torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous(),
         "present": torch.from_numpy(np.stack([presence(scene) for scene in scenes])),
         "labels": torch.from_numpy(np.stack([patch_labels(scene, 8).ravel() for scene in scenes])),
         "boxes": torch.from_numpy(np.stack(boxes)),
