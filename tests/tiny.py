@@ -79,10 +79,10 @@ def siglip_config(image: int = 16, patch: int = 4, layers: int = 5) -> SiglipVis
 
 def text_config(kind: str = "llama", layers: int = 4) -> LlamaConfig | Qwen2Config:
     """Llama with as many key-value heads as heads, Qwen2 with half as many."""
-    settings: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=1024, pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64,
+        "max_position_embeddings": 1024, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
     if kind == "qwen2":
         return Qwen2Config(num_key_value_heads=2, **settings)
     return LlamaConfig(num_key_value_heads=4, **settings)
@@ -96,22 +96,22 @@ def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int 
     LlavaConfig.
     """
     torch.manual_seed(seed)
-    shared: dict[str, Any] = dict(image_token_id=IMAGE, pad_token_id=PAD, eos_token_id=None, bos_token_id=None)
+    shared: dict[str, Any] = {"image_token_id": IMAGE, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None}
     if name == "next":
         side = image
-        shared |= dict(
-            text_config=text_config("llama", layers), vision_config=clip_config(side, side // 4),
-            vision_feature_layer=-2, vision_feature_select_strategy="default",
-            image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
-        )  # fmt: skip
+        shared |= {
+            "text_config": text_config("llama", layers), "vision_config": clip_config(side, side // 4),
+            "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            "image_grid_pinpoints": [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
+        }  # fmt: skip
         model: Any = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared | config))
     else:
         tower, language = name.split("-")
-        shared |= dict(
-            text_config=text_config(language, layers),
-            vision_config=clip_config(image) if tower == "clip" else siglip_config(image),
-            vision_feature_layer=-2, vision_feature_select_strategy="default" if tower == "clip" else "full",
-        )  # fmt: skip
+        shared |= {
+            "text_config": text_config(language, layers),
+            "vision_config": clip_config(image) if tower == "clip" else siglip_config(image),
+            "vision_feature_layer": -2, "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        }  # fmt: skip
         model = LlavaForConditionalGeneration(LlavaConfig(**shared | config))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
@@ -127,18 +127,23 @@ def vision(name: str, *, seed: int = 0, layers: int = 4, **config: Any) -> Any:
         from timm.models.deit import VisionTransformerDistilled
         from timm.models.vision_transformer import VisionTransformer
 
-        settings: dict[str, Any] = dict(
-            img_size=16, patch_size=4, embed_dim=32, depth=layers, num_heads=4, num_classes=7
-        )
+        settings: dict[str, Any] = {
+            "img_size": 16,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depth": layers,
+            "num_heads": 4,
+            "num_classes": 7,
+        }
         if name == "timm-distilled":
             return shake(VisionTransformerDistilled(**settings | config), seed)
         if name == "timm-reg-avg":
-            settings |= dict(reg_tokens=3, global_pool="avg")
+            settings |= {"reg_tokens": 3, "global_pool": "avg"}
         return shake(VisionTransformer(**settings | config), seed)
-    settings = dict(
-        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
-        intermediate_size=64,
-    ) | config  # fmt: skip
+    settings = {
+        "image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "intermediate_size": 64,
+    } | config  # fmt: skip
     dino = {key: value for key, value in settings.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
     builders: dict[str, Any] = {
         "vit": lambda: ViTModel(ViTConfig(**settings)),
@@ -148,9 +153,7 @@ def vision(name: str, *, seed: int = 0, layers: int = 4, **config: Any) -> Any:
         "siglip-head": lambda: SiglipForImageClassification(_siglip(settings)),
         "dinov2": lambda: Dinov2Model(Dinov2Config(**dino)),
         "dinov2-head": lambda: Dinov2ForImageClassification(Dinov2Config(num_labels=7, **dino)),
-        "dinov2-reg": lambda: Dinov2WithRegistersModel(
-            Dinov2WithRegistersConfig(num_register_tokens=3, **dino)
-        ),
+        "dinov2-reg": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=3, **dino)),
     }
     return shake(builders[name](), seed)
 
@@ -231,7 +234,9 @@ def prompt(
 def single(model: Any, inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
     """Sample `b` of a batch that `prompt` made (with `labels`, if there are), alone and without padding."""
     real = inputs["attention_mask"][b].bool()
-    alone = {name: inputs[name][b : b + 1, real] for name in ("input_ids", "attention_mask", "labels") if name in inputs}
+    alone = {
+        name: inputs[name][b : b + 1, real] for name in ("input_ids", "attention_mask", "labels") if name in inputs
+    }
     if "pixel_values" not in inputs:
         return alone
     lengths = [len(one) for one in _encode(model, inputs)]

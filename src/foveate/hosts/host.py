@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ class Record:
     """What happened at one stage of the last forward.
 
     Attributes:
-        stage: "vision.output", "llm.layer[8]", or "llm.input" for what entered the language model.
+        stage: "vision.output", "llm.layer[8]", …, or "llm.input" for what entered the language model.
         method: slug of the method that acted, "" for "llm.input".
         tokens_in, tokens_out: visual tokens of each sample (of each crop at the vision stages).
         source: (B, M) long, the token that carries each source patch after the stage, -1 where none does.
@@ -32,35 +33,60 @@ class Record:
     source: Tensor
 
 
+_IN_USE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Every module of every model that has methods applied, so that no part of one gets a second adapter."""
+_ABSENT = object()
+
+
 class Host:
     """Base of the adapters: `install` hooks the handlers of methods in, `remove` takes everything off."""
 
     shape: HostShape
 
     def __init__(self, model: nn.Module) -> None:
-        if getattr(model, "_foveate_host", None) is not None:
+        if any(module in _IN_USE for module in model.modules()):
             raise InputError("this model has methods applied already; remove them first, or apply a list")
-        self.model = model
+        self.model: Any = model
         self.plan: dict[str, Method] = {}
         self.trace: list[Record] = []
         self._handles: list[RemovableHandle] = []
+        self._replaced: list[tuple[nn.Module, str, Any]] = []
 
     def install(self, plan: dict[str, Method]) -> None:
-        """Hooks in `plan`, stage -> method."""
+        """Hooks in `plan`, stage -> method; all of it or, after an error, nothing."""
         self.plan = plan
-        # A plain attribute, past nn.Module's bookkeeping, so that the module tree and the state dict stay as they are.
-        object.__setattr__(self.model, "_foveate_host", self)
-        self.hook()
+        _IN_USE.update(self.model.modules())
+        try:
+            self.hook()
+        except BaseException:
+            self.remove()
+            raise
 
     def hook(self) -> None:
         """Registers the hooks that `self.plan` needs."""
         raise NotImplementedError
 
     def remove(self) -> None:
+        """Takes everything off; calling it again does nothing."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model.__dict__.pop("_foveate_host", None)
+        for module, name, before in reversed(self._replaced):
+            if before is _ABSENT:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+        self._replaced.clear()
+        for module in self.model.modules():
+            _IN_USE.discard(module)
+
+    def replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Calls of `module.<name>` go to `function`, until `remove`."""
+        # Past nn.Module's bookkeeping, so that the module tree and the state dict stay as they are.
+        self._replaced.append((module, name, module.__dict__.get(name, _ABSENT)))
+        module.__dict__[name] = function
 
     def pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Calls `hook(module, args, kwargs) -> (args, kwargs) | None` before `module`."""
@@ -69,13 +95,9 @@ class Host:
     def post(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
         """Calls `hook(module, args, kwargs, output) -> output | None` after `module`; `always` also after an error."""
         # Prepended: hooks that were there before (transformers records hidden states with such) see our output.
-        self._handles.append(
-            module.register_forward_hook(hook, with_kwargs=True, prepend=True, always_call=always)
-        )
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True, always_call=always))
 
-    def run(
-        self, stage: str, layer: int, tokens: Tokens, signals: Signals, entered: Tensor, active: Tensor
-    ) -> Tokens:
+    def run(self, stage: str, layer: int, tokens: Tokens, signals: Signals, entered: Tensor, active: Tensor) -> Tokens:
         """Lets the method of `stage` act on `tokens` and records what it did."""
         method = self.plan[stage]
         at = Stage(stage, layer, self.shape, signals, entered, active)

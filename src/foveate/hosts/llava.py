@@ -30,6 +30,9 @@ from foveate.method import HostShape, InputError
 from foveate.nn.attention import Attention, attention_rows
 from foveate.tokens import DROPPED, Tokens, compact
 
+_MEMORY = "foveate_prefill"
+"""The attribute of a cache that holds a `Remembered` for each layer."""
+
 _NEWLINE = -1
 """In a stream of slot numbers: LLaVA-NeXT's end-of-row token, which belongs to no patch."""
 
@@ -59,11 +62,39 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Remembered:
-    """What decoding must know of the prefill of one layer: `valid` (B, S) or None, its length S, the next position."""
+    """What decoding must know of the prefill of one layer.
+
+    A prompt ends with text, whose tokens have consecutive positions and of which the user's mask knows as much as we
+    do. So only what is before that text has to be remembered, and the cache may be cropped within it.
+
+    Attributes:
+        valid: (B, head) bool, which of the entries before the closing text can be seen; None for all.
+        head: how many these are.
+        start: (B,) long, the position of the entry after them.
+        full: whether the layer holds an entry for every token of the prompt.
+    """
 
     valid: Tensor | None
-    length: int
-    next_position: Tensor
+    head: int
+    start: Tensor
+    full: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, full_length: int) -> Remembered:
+        length = sequence.index.shape[1]
+        # Where the closing text cannot have begun yet: padding, visual tokens, and whatever a gap in positions follows.
+        ahead = ~sequence.present
+        filled = sequence.slots >= 0
+        ahead[filled.nonzero(as_tuple=True)[0], sequence.slots[filled]] = True
+        ahead[:, :-1] |= sequence.positions.diff() != 1
+        number = torch.arange(1, length + 1, device=ahead.device)
+        head = int((ahead * number).max())
+        if head < length:
+            start = sequence.positions[:, head]
+        else:
+            start = torch.where(sequence.present, sequence.positions, -1).amax(1) + 1
+        valid = None if sequence.valid is None else sequence.valid[:, :head]
+        return cls(valid, head, start, length == full_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +134,8 @@ class _Inputs:
     """(B, S) bool, the image placeholders."""
     labels: Tensor | None
     images: list[EncodedImage]
+    embeds: Tensor | None = None
+    """(B, S, D), what entered the language model."""
 
 
 class LlavaHost(Host):
@@ -110,20 +143,27 @@ class LlavaHost(Host):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.inner: Any = model.model
-        self.config: Any = model.config
+        self.inner: Any = self.model.model
+        self.config: Any = self.model.config
         self.encoder = Encoder(self, self.inner.vision_tower)
         self.language: Any = self.inner.language_model
         self.depth = len(self.language.layers)
-        feature = self.config.vision_feature_layer
-        feature = max(feature) if isinstance(feature, list | tuple) else feature
+        features = self.config.vision_feature_layer
+        features = features if isinstance(features, list | tuple) else [features]
         # hidden_states[0] is the embedding, so state k is the output of layer k - 1.
-        layer = (feature if feature >= 0 else self.encoder.layers + 1 + feature) - 1
+        used = {one % (self.encoder.layers + 1) - 1 for one in features}
+        self._several_layers = len(used) > 1
+        self._select: str = self.config.vision_feature_select_strategy
+        if self._select == "default" and not self.encoder.class_token:
+            raise InputError(
+                "vision_feature_select_strategy 'default' would cut off a patch: this vision tower has no class token; "
+                "set it to 'full'"
+            )
         self.shape = HostShape(
             family="hf-vlm",
             stages=(*self.encoder.stages, "projector", "llm.layer"),
             vision_layers=self.encoder.layers,
-            feature_layer=layer,
+            feature_layer=max(used),
             prefix=self.encoder.prefix,
             grid=self.encoder.native,
             llm_layers=self.depth,
@@ -134,18 +174,23 @@ class LlavaHost(Host):
         self._taps: dict[int, Tap] = {}
         self._inputs: _Inputs | None = None
         self._labels: Tensor | None = None
+        # From the projector to the language model.
+        self._seen_slots: Tensor | None = None
         self._slots: Tensor | None = None
         self._images: list[EncodedImage] = []
+        # A prefill: the length of the prompt if generate runs, what entered, what each layer so far ran on, and the
+        # mask, rotary embeddings and positions of the current sequence where it differs from the model's own.
         self._prompt: int | None = None
-        self._masks: tuple[Any, Any, Any] | None = None
-        self._past: list[Remembered] | None = None
-        self._memory: list[Remembered] = []
-        self._remembered: Sequence | None = None
-        self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
-        self._late_mask: Tensor | None = None
-        self._cache: Any = None
-        self._new = 0
         self._entry: Sequence | None = None
+        self._ran: list[Sequence] = []
+        self._shortened = False
+        self._masks: tuple[Any, Any, Any] | None = None
+        # A forward on top of a cache.
+        self._past: list[Remembered] | None = None
+        self._cache: Any = None
+        self._late_mask: Tensor | None = None
+        self._new = 0
+        self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
 
     # -- hooks
 
@@ -156,7 +201,12 @@ class LlavaHost(Host):
                 reads[kind].add(layer)
         self.pre(self.model, self._note_labels)
         self.pre(self.inner, self._note_inputs)
-        if any(stage.startswith("vision") or stage == "projector" for stage in self.plan):
+        if self._several_layers and "vision.layer" in self.plan:
+            raise InputError(
+                f"{self.plan['vision.layer'].card.slug} changes the number of tokens between encoder layers; this "
+                f"model joins the features of several, {self.config.vision_feature_layer}"
+            )
+        if reads["vision"] or any(stage.startswith("vision") or stage == "projector" for stage in self.plan):
             self.encoder.hook(reads["vision"])
             self.pre(self.inner.multi_modal_projector, self._before_projector)
             self.post(self.inner.multi_modal_projector, self._after_projector)
@@ -174,6 +224,13 @@ class LlavaHost(Host):
         def noting_the_prompt(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else next((kwargs[k] for k in ("inputs", "input_ids") if k in kwargs), None)
             given = kwargs.get("inputs_embeds") if given is None else given
+            past = getattr(kwargs.get("past_key_values"), _MEMORY, None)
+            mask = kwargs.get("attention_mask")
+            if past and not past[0].full and given is not None and (mask is None or mask.shape[1] <= given.shape[1]):
+                # generate would count the new tokens as those that the cache has no entry for.
+                raise InputError(
+                    "the cache has fewer entries than tokens: give only the new ids, and the mask of all tokens"
+                )
             self._prompt = None if given is None else given.shape[1]
             try:
                 return generate(*args, **kwargs)
@@ -185,7 +242,12 @@ class LlavaHost(Host):
         @functools.wraps(encode)
         def noting_provenance(*args: Any, **kwargs: Any) -> Any:
             self.trace, self.crops = [], None
-            sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_sizes")
+            given = inspect.signature(encode).bind(*args, **kwargs).arguments
+            for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+                if given.get(name) not in (None, getattr(self.config, name)):
+                    raise InputError(f"{name} must be set in the config before methods are applied, not in a call")
+            sizes = given.get("image_sizes")
+            self._seen_slots = self._packed_slots(sizes)
             output = encode(*args, **kwargs)
             features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
             self._images = self._provenance(features, sizes)
@@ -193,13 +255,8 @@ class LlavaHost(Host):
                 one.foveate = image
             return output
 
-        object.__setattr__(self.model, "generate", noting_the_prompt)
-        object.__setattr__(self.inner, "get_image_features", noting_provenance)
-
-    def remove(self) -> None:
-        super().remove()
-        self.model.__dict__.pop("generate", None)
-        self.inner.__dict__.pop("get_image_features", None)
+        self.replace(self.model, "generate", noting_the_prompt)
+        self.replace(self.inner, "get_image_features", noting_provenance)
 
     def _note_labels(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._labels = named(module, args, kwargs).get("labels")
@@ -212,7 +269,7 @@ class LlavaHost(Host):
         if given.get("pixel_values") is None and encoded is None:
             return
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if ids is not None:
+        if embeds is None:
             visual = ids == self.config.image_token_id
         else:
             token = torch.tensor(self.config.image_token_id, device=embeds.device)
@@ -255,9 +312,10 @@ class LlavaHost(Host):
             signals = VisionSignals(self.encoder, tokens)
             tokens = self.run("projector", -1, tokens, signals, entered, active)
         self.crops = tokens
-        slots = spread(tokens)
+        slots = spread(tokens, self._seen_slots)
         self._slots = slots
-        if tokens is before and tokens.x.shape[1] == tokens.source.shape[1]:
+        number = torch.arange(tokens.source.shape[1], device=slots.device)
+        if tokens is before and torch.equal(slots, number.expand(slots.shape[0], -1)):
             return None
         full = tokens.x.new_zeros(tokens.x.shape[0], tokens.source.shape[1] + 1, tokens.x.shape[2])
         # Padding is written to one slot too many, which is cut off.
@@ -265,15 +323,14 @@ class LlavaHost(Host):
         full = full.scatter(1, target.unsqueeze(-1).expand_as(tokens.x), tokens.x)
         return torch.cat([output[:, :prefix], full[:, :-1]], 1)
 
-    # -- the language model's entry
+    # -- where features come from
 
     def _provenance(self, features: list[Tensor], sizes: Tensor | None) -> list[EncodedImage]:
         """One `EncodedImage` for each image's features (n, D)."""
         crops = self.crops
         rows, columns = self.shape.grid
         patches = rows * columns if crops is None else crops.source.shape[1]
-        prefix = self.encoder.prefix if self.config.vision_feature_select_strategy == "full" else 0
-        width = prefix + patches
+        prefix, width = self._kept_prefix, self._kept_prefix + patches
         place = Tokens.from_grid(torch.zeros(1, patches, 0), self._layout(patches)).position[0]
         place = torch.cat([torch.zeros(prefix, 3), place])
         records, images, first = tuple(self.trace), [], 0
@@ -296,15 +353,31 @@ class LlavaHost(Host):
                 slot = torch.where(source >= 0, slots.gather(1, source.clamp(min=0)), DROPPED)
                 owner = torch.where(slot >= 0, owner.gather(1, slot.clamp(min=0)), DROPPED)
             position[..., 0] = torch.arange(count).unsqueeze(1)
-            alive = _survivors(stream, kept.reshape(-1))
+            alive = _survivors(stream, kept.reshape(-1), width)
             where = position.reshape(-1, 3)[stream.clamp(min=0)]
             images.append(EncodedImage(alive, where, owner.reshape(-1), count, records))
             first += count
         return images
 
     def _layout(self, patches: int) -> tuple[int, int]:
-        rows, columns = self.encoder._source_grid if self.crops is not None else self.shape.grid
+        rows, columns = self.encoder.source_grid if self.crops is not None else self.shape.grid
         return (rows, columns) if rows * columns == patches else (1, patches)
+
+    @property
+    def _kept_prefix(self) -> int:
+        """Tokens before the patches of each crop that the model takes for visual ones."""
+        return self.encoder.prefix - (1 if self._select == "default" else 0)
+
+    def _packed_slots(self, sizes: Tensor | None) -> Tensor | None:
+        """(crops, patches) bool: which patches are left when the crops are packed; None if all are."""
+        if not hasattr(self.inner, "pack_image_features") or sizes is None:
+            return None
+        rows, columns = self.shape.grid
+        width, left = self._kept_prefix + rows * columns, []
+        for stream in self._streams([], sizes, width):
+            left.append(torch.zeros((int(stream.max()) // width + 1) * width, dtype=torch.bool))
+            left[-1][stream[stream >= 0]] = True
+        return torch.cat(left).reshape(-1, width)[:, self._kept_prefix :]
 
     def _streams(self, features: list[Tensor], sizes: Tensor | None, width: int) -> list[Tensor]:
         """Per image, the slot (crop * width + slot) of each of its features, _NEWLINE for newlines."""
@@ -320,8 +393,7 @@ class LlavaHost(Host):
             for size in sizes
         ]
         newline = torch.full((1,), float(_NEWLINE), dtype=torch.float64)
-        strategy = self.config.vision_feature_select_strategy
-        packed, _ = self.inner.pack_image_features(numbered, sizes, strategy, newline)
+        packed, _ = self.inner.pack_image_features(numbered, sizes, self._select, newline)
         return [one.squeeze(-1).long() for one in packed]
 
     # -- the language model's entry
@@ -371,33 +443,38 @@ class LlavaHost(Host):
     def _enter_language(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         given = named(module, args, kwargs)
         embeds, cache = given["inputs_embeds"], given.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        self._past = None
-        self.sequence = self._entry = None
-        self._masks = None
-        if seen:
-            if self._inputs is not None and self.plan:
-                raise InputError("pictures must come in the first forward of a cache; this one holds text already")
-            past = getattr(cache, "foveate_prefill", None)
-            if past is None:
-                return None
-            self._past = past
-            return (), self._continue(given, cache)
-        if self._inputs is None:
+        seen = 0 if cache is None else cache.get_seq_length()
+        self._past = self.sequence = self._entry = self._masks = None
+        self._ran = []
+        if self._inputs is None and not seen:
             return None
-        self._inputs.images = self._inputs.images or self._images
-        self.trace = list(self._inputs.images[0].records)
+        if cache is not None and getattr(cache, "is_compileable", False):
+            raise InputError(
+                "a static cache has one length for all layers and cannot go with fewer tokens; use the default"
+            )
         mask = given.get("attention_mask")
         if mask is not None and mask.ndim != 2:
-            raise InputError("a custom 4-D attention mask or a static cache cannot go with fewer tokens; use a 2-D mask")
+            raise InputError("a custom 4-D attention mask cannot go with fewer tokens; use a 2-D mask")
+        if cache is not None and seen:
+            if self._inputs is not None:
+                raise InputError("pictures must come in the first forward of a cache; this one holds text already")
+            self._past = getattr(cache, _MEMORY, None)
+            return None if self._past is None else ((), self._continue(given, cache))
+        assert self._inputs is not None
+        if self._prompt is not None and embeds.shape[1] < self._prompt:
+            raise InputError("a prompt with pictures must be prefilled in one piece; leave prefill_chunk_size out")
+        self._inputs.images = self._inputs.images or self._images
+        self._inputs.embeds = embeds
+        self.trace = list(self._inputs.images[0].records)
         batch, length = embeds.shape[:2]
         self.full_length = length
         tokens, where = self._visual_tokens(embeds)
-        index = torch.arange(length, device=embeds.device).expand(batch, -1)
+        number = torch.arange(length, device=embeds.device).expand(batch, -1)
         positions = given.get("position_ids")
-        positions = index if positions is None else positions.expand(batch, -1)
-        present = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.bool()
-        whole = Sequence(index, None if mask is None else present, positions, tokens, where)
+        positions = number if positions is None else positions.expand(batch, -1)
+        present = torch.ones_like(number, dtype=torch.bool) if mask is None else mask.bool()
+        index = torch.where(present, number, DROPPED)
+        whole = Sequence(index, None if bool(present.all()) else present, positions, tokens, where)
         # Slots that lost their token leave the sequence; so does the padding, which is laid anew.
         gone = self._inputs.visual.to(embeds.device)
         keep_slot = torch.zeros_like(gone)
@@ -405,10 +482,11 @@ class LlavaHost(Host):
         keep_slot[filled.nonzero(as_tuple=True)[0], where[filled]] = True
         dropped = gone & ~keep_slot
         self.record("llm.input", "", tokens, tokens)
-        self._memory, self._remembered = [], None
         if not bool(dropped.any()):
             self.sequence = self._entry = whole
+            self._shortened = False
             return None
+        self._shortened = True
         # A prompt that is shorter from the start is numbered like any other; see Method.renumbers.
         sequence, order = shorten(whole, present & ~dropped, renumber=True)
         sequence = replace(sequence, slots=_reslot(order, where))
@@ -431,7 +509,7 @@ class LlavaHost(Host):
                 changed = self._shrink(index, module, hidden, kwargs)
                 if changed is not None:
                     hidden = changed
-            self._remember(self.sequence)
+            self._ran.append(self.sequence)
             kwargs = dict(kwargs)
             if self._masks is not None:
                 mask, embeddings, positions = self._masks
@@ -477,12 +555,13 @@ class LlavaHost(Host):
         target = torch.where(shorter.slots >= 0, shorter.slots, hidden.shape[1])
         padded = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])], 1)
         hidden = padded.scatter(1, target.unsqueeze(-1).expand_as(result.x), result.x.to(hidden.dtype))[:, :-1]
-        self.sequence = shorter
+        # Without features, which would stay in memory.
+        self.sequence = replace(shorter, tokens=result.with_x(result.x.detach()[..., :0]))
         self._masks = self._attend(hidden, shorter.valid, shorter.positions, None, 0)
         return hidden
 
     def _active(self, tokens: Tokens) -> Tensor:
-        """(B,) bool: in training, samples without a supervised answer are left alone; so are samples without picture."""
+        """(B,) bool: samples without a picture are left alone; in training, also those without a supervised answer."""
         assert self._inputs is not None
         active = tokens.count > 0
         labels = self._inputs.labels
@@ -500,6 +579,8 @@ class LlavaHost(Host):
         self, hidden: Tensor, valid: Tensor | None, positions: Tensor, cache: Cache | None, layer: int
     ) -> tuple[Any, Any, Any]:
         """The mask, rotary embeddings and position ids of a layer, made by the model's own functions."""
+        if "sliding_attention" in (getattr(self.language.config, "layer_types", None) or ()):
+            raise InputError("language models with sliding-window attention are not supported inside their layers")
         mask = create_causal_mask(
             config=self.language.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache,
             layer_idx=layer,
@@ -508,41 +589,34 @@ class LlavaHost(Host):
 
     # -- decoding
 
-    def _remember(self, sequence: Sequence) -> None:
-        if self._remembered is not sequence:
-            self._remembered = sequence
-            last = torch.where(sequence.present, sequence.positions, -1).amax(1)
-            self._memory.append(Remembered(sequence.valid, sequence.index.shape[1], last + 1))
-        else:
-            self._memory.append(self._memory[-1])
-
     def _continue(self, given: dict[str, Any], cache: Cache) -> dict[str, Any]:
         """The first layer's mask and positions for new tokens on top of a shortened cache."""
         assert self._past is not None
         self._new = given["inputs_embeds"].shape[1]
-        mask = given.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            raise InputError("a custom 4-D attention mask or a static cache cannot go with fewer tokens; use a 2-D mask")
-        self._late_mask = mask
+        self._late_mask = given.get("attention_mask")
         self._decoded = None
         self._cache = cache
-        valid, positions = self._extend(self._past[0], cache.get_seq_length(0))
+        valid, positions = self._extend(self._past[0], cache.get_seq_length(0), len(given["inputs_embeds"]))
         given["attention_mask"], given["position_ids"] = valid, positions
         return given
 
-    def _extend(self, past: Remembered, length: int) -> tuple[Tensor, Tensor]:
+    def _extend(self, past: Remembered, length: int, batch: int) -> tuple[Tensor, Tensor]:
         """(B, length + new) what can be seen and (B, new) positions, for tokens after a cache of `length`."""
-        batch, device = past.next_position.shape[0], past.next_position.device
-        late = length - past.length + self._new
-        if self._late_mask is not None:
-            after = self._late_mask[:, self._late_mask.shape[1] - late :].bool().to(device)
-        else:
-            after = torch.ones(batch, late, dtype=torch.bool, device=device)
-        before = past.valid
-        if before is None:
-            before = torch.ones(batch, past.length, dtype=torch.bool, device=device)
-        positions = past.next_position.unsqueeze(1) + after.long().cumsum(1).sub(1).clamp(min=0)
-        return torch.cat([before, after], 1), positions[:, -self._new :]
+        if length < past.head:
+            raise InputError("the cache was cropped back into the picture; only the text after it can be taken back")
+        if len(past.start) not in (1, batch):
+            raise InputError(f"the cache was filled with {len(past.start)} samples, not {batch}")
+        device = past.start.device
+        late = length - past.head + self._new
+        mask = self._late_mask
+        if mask is not None and mask.shape[1] < late:
+            raise InputError("the attention mask must cover the tokens in the cache too, not only the new ones")
+        after = torch.ones(batch, late, dtype=torch.bool, device=device)
+        if mask is not None:
+            after = mask[:, mask.shape[1] - late :].bool().to(device)
+        before = torch.ones(1, past.head, dtype=torch.bool, device=device) if past.valid is None else past.valid
+        positions = past.start.unsqueeze(1) + after.long().cumsum(1).sub(1).clamp(min=0)
+        return torch.cat([before.expand(batch, -1), after], 1), positions[:, -self._new :]
 
     def _decode_layer(self, index: int, args: Any, kwargs: Any) -> Any:
         assert self._past is not None
@@ -551,10 +625,10 @@ class LlavaHost(Host):
             return None
         if self._decoded is None or self._decoded[0] is not past:
             hidden = args[0] if args else kwargs["hidden_states"]
-            valid, positions = self._extend(past, self._cache.get_seq_length(index))
+            valid, positions = self._extend(past, self._cache.get_seq_length(index), len(hidden))
             self._decoded = past, self._attend(hidden, valid, positions, self._cache, index)
         mask, embeddings, positions = self._decoded[1]
-        changed = dict(attention_mask=mask, position_embeddings=embeddings, position_ids=positions)
+        changed = {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": positions}
         return args, {**kwargs, **changed}
 
     # -- the language model's output
@@ -568,11 +642,12 @@ class LlavaHost(Host):
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             # On the cache itself: it is what the next forward brings back, and copies of it keep it.
-            cache.foveate_prefill = list(self._memory)
-        hidden = output.last_hidden_state
-        if hidden.shape[1] != self.full_length:
-            output["last_hidden_state"] = _take(hidden, self._places(sequence))
-        self._masks = None
+            kinds = {id(one): Remembered.of(one, self.full_length) for one in self._ran}
+            setattr(cache, _MEMORY, [kinds[id(one)] for one in self._ran])
+        if sequence is not self._entry or self._shortened:
+            output["last_hidden_state"] = _take(output.last_hidden_state, self._places(sequence))
+        self._inputs = self._entry = self.sequence = self._masks = None
+        self._ran = []
         return output
 
     def _places(self, sequence: Sequence) -> Tensor:
@@ -598,11 +673,13 @@ class LanguageSignals:
         query, key, scaling = host._taps[layer].read()
         generated = 0 if host._prompt is None else host.full_length - host._prompt
         length = query.shape[2] - generated
-        valid = None if sequence.valid is None else sequence.valid[:, :length]
+        # Tokens may have been dropped since: look each up by the patch that it carries.
+        then = host._ran[layer]
+        visual = then.slots.gather(1, predecessors(then.tokens, sequence.tokens).clamp(min=0)).clamp(min=0)
+        valid = None if then.valid is None else then.valid[:, :length]
         return Attention(
-            query[:, :, :length].detach(), key[:, :, :length].detach(), scaling, True, valid,
-            sequence.present[:, :length], sequence.slots.clamp(min=0),
-        )  # fmt: skip
+            query[:, :, :length], key[:, :, :length], scaling, True, valid, then.present[:, :length], visual
+        )
 
     @torch.no_grad()
     def text_to_vision(self, layer: int) -> Tensor:
@@ -650,14 +727,16 @@ class LanguageSignals:
         return last, torch.ones_like(last, dtype=torch.float32)
 
     def text_embeddings(self) -> Tensor:
-        host = self._host
-        assert host._inputs is not None
-        sequence = self._sequence
-        seen = sequence.present if sequence.valid is None else sequence.valid
-        is_text = seen & ~host._inputs.visual.to(seen.device).gather(1, sequence.index.clamp(min=0))
-        chosen = compact(is_text)
-        states = _take(self._hidden, chosen.clamp(min=0))
-        return states * (chosen >= 0).unsqueeze(-1)
+        host, sequence = self._host, self._sequence
+        assert host._inputs is not None and host._inputs.embeds is not None
+        index = sequence.index
+        visual = host._inputs.visual.to(index.device).gather(1, index.clamp(min=0))
+        is_text = sequence.present & ~visual
+        if host._prompt is not None:
+            is_text &= index < host._prompt
+        slots = compact(is_text)
+        chosen = torch.where(slots >= 0, index.gather(1, slots.clamp(min=0)), DROPPED)
+        return _take(host._inputs.embeds.detach(), chosen) * (chosen >= 0).unsqueeze(-1)
 
     def cls_attention(self, layer: int) -> Tensor:
         raise InputError("cls_attention is a signal of vision encoders; this stage is in the language model")
@@ -666,21 +745,25 @@ class LanguageSignals:
         raise InputError("keys is a signal of vision encoders; this stage is in the language model")
 
     def grid(self) -> tuple[int, int]:
-        return self._host.encoder.grid
+        return self._host.encoder.source_grid
 
 
-def spread(tokens: Tokens) -> Tensor:
+def spread(tokens: Tokens, packed: Tensor | None = None) -> Tensor:
     """(B, N): the slot, of as many as there are patches, that each token is put on; -1 for padding.
 
-    The slots are those of the first patch of each token, dealt out in order.
+    The slots are those of the first patch of each token, dealt out in order. Of a token's patches those in `packed`
+    (B, M) bool come first: LLaVA-NeXT cuts the others off, and a merged token shall stay as long as one of its patches.
     """
     count, patches = tokens.x.shape[1], tokens.source.shape[1]
-    batch = tokens.source.shape[0]
-    number = torch.arange(patches, device=tokens.source.device).expand(batch, -1)
-    first = number.new_full((batch, count + 1), patches)
+    batch, device = tokens.source.shape[0], tokens.source.device
+    number = torch.arange(patches, device=device).expand(batch, -1)
+    if packed is not None and packed.shape == number.shape:
+        number = torch.where(packed.to(device), number, number + patches)
+    first = number.new_full((batch, count + 1), 2 * patches)
     first.scatter_reduce_(1, tokens.source % (count + 1), number, "amin")
-    slot = torch.where(first[:, :count] < patches, first[:, :count], DROPPED)
-    return _deal(torch.where(tokens.mask(), slot, DROPPED))
+    first = first[:, :count]
+    slot = torch.where((first < 2 * patches) & tokens.mask(), first % patches, DROPPED)
+    return _deal(slot)
 
 
 def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence, Tensor]:
@@ -704,16 +787,14 @@ def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence,
     return replace(sequence, index=index, valid=whole, positions=positions), chosen
 
 
-def _survivors(stream: Tensor, kept: Tensor) -> Tensor:
+def _survivors(stream: Tensor, kept: Tensor, width: int) -> Tensor:
     """(n,) bool: which features of an image stay. A newline stays when its whole row did."""
     alive = kept[stream.clamp(min=0)].clone()
-    newlines = (stream == _NEWLINE).nonzero().squeeze(1)
-    if len(newlines) == 0:
-        return alive
-    # Rows are equally long; the first one begins right after the thumbnail (or, with one crop, is everything).
-    row = int(newlines[1] - newlines[0]) if len(newlines) > 1 else len(stream)
-    for end in newlines.tolist():
-        alive[end] = bool(alive[max(0, end - row + 1) : end].all())
+    # The first row begins after the `width` features of the thumbnail; with one crop, that is the only row.
+    start = width if int(stream.max()) >= width else 0
+    for end in (stream == _NEWLINE).nonzero().squeeze(1).tolist():
+        alive[end] = bool(alive[start:end].all())
+        start = end + 1
     return alive
 
 
@@ -731,7 +812,9 @@ def _reslot(order: Tensor, slots: Tensor) -> Tensor:
     batch, length = order.shape
     longest = int(torch.cat([order, slots], 1).max()) + 1
     new = order.new_full((batch, longest + 1), DROPPED)
-    new.scatter_(1, torch.where(order >= 0, order, longest), torch.arange(length, device=order.device).expand(batch, -1))
+    new.scatter_(
+        1, torch.where(order >= 0, order, longest), torch.arange(length, device=order.device).expand(batch, -1)
+    )
     new[:, -1] = DROPPED
     return new.gather(1, torch.where(slots >= 0, slots, longest))
 

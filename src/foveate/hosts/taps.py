@@ -2,7 +2,7 @@
 
 transformers calls a registered attention function with the final queries and keys. Ours notes them and hands the call
 on to the implementation that the model uses anyway, so the tap costs two references. The name is in the config only
-while a tapped layer runs; everything else, masks included, sees the model's own implementation.
+while the attention of a tapped layer runs; everything else, masks included, sees the model's own implementation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,10 +47,10 @@ def _tapped(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     tap = _TAPS[module]
-    tap.query, tap.key = query, key
+    tap.query, tap.key = query.detach(), key.detach()
     tap.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     # Eager attention is not in the interface: each modeling file has its own.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(tap.implementation, eager)
     return function(module, query, key, value, attention_mask, **kwargs)
 
@@ -68,7 +69,9 @@ def tap_transformers(host: Host, attention: nn.Module) -> Tap:
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         config: Any = module.config
-        config._attn_implementation = tap.implementation
+        # Also called after an error, which may have come before `enter`.
+        if config._attn_implementation == _NAME:
+            config._attn_implementation = tap.implementation
 
     host.pre(attention, enter)
     host.post(attention, leave, always=True)
@@ -82,7 +85,8 @@ def tap_timm(host: Host, attention: Any) -> Tap:
     def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         batch, length, _ = output.shape
         split = output.reshape(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        tap.query, tap.key = attention.q_norm(split[0]), attention.k_norm(split[1])
+        with torch.no_grad():
+            tap.query, tap.key = attention.q_norm(split[0]), attention.k_norm(split[1])
 
     host.post(attention.qkv, note)
     return tap

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from foveate.hosts.host import Host, named
 from foveate.hosts.taps import Tap, tap_timm, tap_transformers
-from foveate.method import HostShape, InputError, Stage
+from foveate.method import HostShape, InputError, Method, Stage
 from foveate.nn.attention import Attention
 from foveate.tokens import DROPPED, Tokens
 
@@ -30,7 +30,7 @@ class _Anatomy:
     final: str
     """The module whose output is the encoder's last hidden state."""
     pool: str = ""
-    """A torch MultiheadAttention that pools the tokens, if there is one."""
+    """The attention that pools the tokens, if there is one (torch's MultiheadAttention, timm's AttentionPoolLatent)."""
 
 
 _ANATOMY = {
@@ -39,8 +39,8 @@ _ANATOMY = {
     "SiglipVisionModel": _Anatomy("encoder.layers", "self_attn", "post_layernorm", "head.attention"),
     "Dinov2Model": _Anatomy("encoder.layer", "attention", "layernorm"),
     "Dinov2WithRegistersModel": _Anatomy("encoder.layer", "attention", "layernorm"),
-    "VisionTransformer": _Anatomy("blocks", "attn", "norm"),
-    "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm"),
+    "VisionTransformer": _Anatomy("blocks", "attn", "norm", "attn_pool"),
+    "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm", "attn_pool"),
 }
 _NO_CLASS_TOKEN = ("SiglipVisionModel",)
 
@@ -66,7 +66,9 @@ class Encoder:
     Attributes:
         layers: number of layers.
         prefix: class and register tokens before the patches.
+        class_token: whether the first of them is a class token.
         native: (rows, columns) of patches at the configured resolution.
+        source_grid, grid: those of the picture that came in, and of what is left of it after "vision.pixels".
     """
 
     def __init__(self, host: Host, tower: Any) -> None:
@@ -81,18 +83,21 @@ class Encoder:
         self.layers = len(self.blocks)
         if self.timm:
             self.prefix = tower.num_prefix_tokens
+            self.class_token = tower.cls_token is not None
             self.patch = _pair(tower.patch_embed.patch_size)
             self.native = tower.patch_embed.grid_size
         else:
             config = tower.config
-            self.prefix = 0 if kind in _NO_CLASS_TOKEN else 1 + getattr(config, "num_register_tokens", 0)
+            self.class_token = kind not in _NO_CLASS_TOKEN
+            self.prefix = 1 + getattr(config, "num_register_tokens", 0) if self.class_token else 0
             self.patch = _pair(config.patch_size)
             height, width = _pair(config.image_size)
             self.native = (height // self.patch[0], width // self.patch[1])
         self.grid: tuple[int, int] = self.native
         self.taps: dict[int, Tap] = {}
         self._steps: list[tuple[int, Tokens]] = []
-        self._source_grid: tuple[int, int] = self.native
+        self.source_grid: tuple[int, int] = self.native
+        self._resized: Method | None = None
 
     @property
     def resizable(self) -> bool:
@@ -120,12 +125,16 @@ class Encoder:
             host.pre(self.pool, self._mask_pool)
 
     def after(self, layer: int) -> Tokens:
-        """The tokens at the output of a layer, with the features they had when they last changed."""
+        """The tokens at the output of a layer, without features: x is (B, N, 0)."""
         return [tokens for step, tokens in self._steps if step <= layer][-1]
 
     def settle(self, tokens: Tokens) -> None:
         """Notes what the tokens became at the encoder's output."""
-        self._steps.append((self.layers, tokens))
+        self._note(self.layers, tokens)
+
+    def _note(self, layer: int, tokens: Tokens) -> None:
+        # Without features: they would keep activations and their graph alive until the next forward.
+        self._steps.append((layer, tokens.with_x(tokens.x.detach()[..., :0])))
 
     def clear(self) -> None:
         """Lets go of the recorded queries and keys."""
@@ -136,8 +145,9 @@ class Encoder:
         arguments = {"x": args[0], **kwargs} if self.timm else named(module, args, kwargs)
         key = "x" if self.timm else "pixel_values"
         pixels = arguments[key]
-        self._steps.clear()
-        self._source_grid = self.grid = self._grid_of(pixels)
+        self._steps = []
+        self._resized = None
+        self.source_grid = self.grid = self._grid_of(pixels)
         if "vision.pixels" not in self.host.plan:
             return None
         entered = torch.full((pixels.shape[0],), self.grid[0] * self.grid[1], device=pixels.device)
@@ -145,6 +155,7 @@ class Encoder:
         changed = self._handle_pixels(method, pixels, entered)
         if changed is pixels:
             return None
+        self._resized = method
         self.grid = self._grid_of(changed)
         arguments[key] = changed
         if self.timm:
@@ -154,7 +165,7 @@ class Encoder:
             arguments["interpolate_pos_encoding"] = True
         return (), arguments
 
-    def _handle_pixels(self, method: Any, pixels: Tensor, entered: Tensor) -> Tensor:
+    def _handle_pixels(self, method: Method, pixels: Tensor, entered: Tensor) -> Tensor:
         active = torch.ones_like(entered, dtype=torch.bool)
         at = Stage("vision.pixels", -1, self.host.shape, VisionSignals(self, None), entered, active)
         result: Tensor = getattr(method, method.handlers()["vision.pixels"])(pixels, at)
@@ -170,7 +181,11 @@ class Encoder:
             prefix, patches = hidden[:, : self.prefix], hidden[:, self.prefix :]
             if index == 0:
                 tokens = self._enter(patches)
-                self._steps.append((0, tokens))
+                self._note(0, tokens)
+                if self._resized is not None:
+                    rows, columns = self.source_grid
+                    whole = Tokens.from_grid(patches.new_zeros(len(patches), rows * columns, 0), (rows, columns))
+                    self.host.record("vision.pixels", self._resized.card.slug, whole, tokens)
             else:
                 tokens = self.after(index).with_x(patches)
             result = tokens
@@ -180,7 +195,7 @@ class Encoder:
                 result = self._run("vision.layer", index, result)
             if result is tokens:
                 return None
-            self._steps.append((index, result))
+            self._note(index, result)
             hidden = torch.cat([prefix, result.x], 1)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -189,9 +204,9 @@ class Encoder:
     def _enter(self, patches: Tensor) -> Tokens:
         """The tokens of a fresh picture; if it came in at another resolution, each stands for a cell of patches."""
         tokens = Tokens.from_grid(patches, self.grid)
-        if self.grid == self._source_grid:
+        if self.grid == self.source_grid:
             return tokens
-        (rows, columns), (full_rows, full_columns) = self.grid, self._source_grid
+        (rows, columns), (full_rows, full_columns) = self.grid, self.source_grid
         device = patches.device
         y = torch.arange(full_rows, device=device) * rows // full_rows
         x = torch.arange(full_columns, device=device) * columns // full_columns
@@ -231,7 +246,11 @@ class Encoder:
 
     def _mask_pool(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         valid = self.valid(self.layers)
-        return None if valid is None else (args, {**kwargs, "key_padding_mask": ~valid})
+        if valid is None:
+            return None
+        if self.timm:
+            return args, {**kwargs, "attn_mask": valid[:, None, None, :]}
+        return args, {**kwargs, "key_padding_mask": ~valid}
 
 
 class VisionSignals:
@@ -252,7 +271,7 @@ class VisionSignals:
         return Attention(query.detach(), key.detach(), scaling, False, valid, valid, columns)
 
     def cls_attention(self, layer: int) -> Tensor:
-        if self._encoder.prefix == 0:
+        if not self._encoder.class_token:
             raise InputError(f"{type(self._encoder.tower).__name__} has no class token")
         attention = self.attention(layer)
         row = attention.rows(attention.visual.new_zeros(attention.visual.shape[0], 1)).mean(1).squeeze(1)
@@ -270,7 +289,7 @@ class VisionSignals:
         raise InputError("a vision encoder has no text")
 
     def grid(self) -> tuple[int, int]:
-        return self._encoder._source_grid
+        return self._encoder.source_grid
 
 
 class VisionHost(Host):

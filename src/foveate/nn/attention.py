@@ -1,6 +1,7 @@
 """`Attention`: the attention map of one layer, from which only the rows that are asked for are computed.
 
-The model's own output still comes from SDPA or FlashAttention; nothing here is N x N in memory unless said so.
+The model's own output still comes from SDPA or FlashAttention. Only `transition` makes whole S x S maps, for methods
+that need them; everything else is bounded by a block of rows.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Attention:
         Computed in blocks of rows. With all rows as queries the result sums to 1 (each softmax row does).
         """
         batch, heads, length, _ = self.query.shape
+        key = self.key.float()
         asked = self.present if queries is None else queries
         if asked is None:
             asked = torch.ones(batch, length, dtype=torch.bool, device=self.query.device)
@@ -60,7 +62,9 @@ class Attention:
         for start in range(0, length, block):
             index = torch.arange(start, min(start + block, length), device=self.query.device).expand(batch, -1)
             weight = asked[:, start : start + block].float() / heads
-            total += torch.einsum("bhrs,br->bs", self.rows(index), weight)
+            query = self.query[:, :, start : start + block]
+            rows = attention_rows(query, key, index, self.scaling, self.causal, self.valid)
+            total += torch.einsum("bhrs,br->bs", rows, weight)
         return total / asked.sum(1, keepdim=True).clamp(min=1)
 
     def transition(self, temperature: float = 1.0) -> Iterator[Tensor]:
@@ -89,7 +93,8 @@ def attention_rows(
     groups, length = key.shape[1], key.shape[2]
     # Queries of a group share a key: fold them instead of repeating the keys.
     folded = query.reshape(batch, groups, heads // groups * count, width)
-    logits = (folded @ key.transpose(-1, -2)).float().reshape(batch, heads, count, length) * scaling
+    # In float32: half precision would overflow before the scaling, and round near-equal scores into ties.
+    logits = (folded.float() @ key.float().transpose(-1, -2)).reshape(batch, heads, count, length) * scaling
     mask = visible(index, causal, valid, length)
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
