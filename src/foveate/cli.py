@@ -1,0 +1,474 @@
+"""The command line: `foveate compare`, `methods`, `verify`, `train`.
+
+Whatever the user gave and cannot be used ends with one line on stderr and exit code 2; an interruption with 130. Any
+other exception is a bug and keeps its traceback. What is slow to import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+import foveate
+from foveate.method import STAGES, InputError, Method, did_you_mean, method_class, registry, share
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from foveate.data.samples import Sample
+
+DEFAULT_MODEL = "tiny-llava"
+DEFAULT_QUESTIONS = 256
+_PARTIAL = "comparison.partial.json"
+
+app = typer.Typer(
+    name="foveate",
+    help="Spend visual compute where it matters: compare published token-reduction methods on your model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command line (that of the process if None) and exits: 0, 1 (a claim failed), 2 (bad input), 130."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="foveate")
+        sys.stdout.flush()
+    except InputError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            # `foveate methods | head`: nobody reads on. Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except Exception as error:
+        # Typer's own usage errors (it brings its copy of click, or takes click's, by version).
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _fail(error.format_message())
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("the GPU's memory is full; try a smaller --batch-size, or --dtype bfloat16")
+        raise
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    """One line on stderr, without control characters, and exit 2."""
+    line = " ".join(message.split())
+    if _is_main_process():
+        print("error: " + "".join(c if c.isprintable() else "�" for c in line), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _is_main_process() -> bool:
+    # Set by `accelerate launch`; asked before torch and accelerate are imported.
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, quiet=not _is_main_process(), highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        from foveate.report.table import MINIMUM_WIDTH
+
+        console.width = MINIMUM_WIDTH
+    return console
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"foveate {foveate.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = DEFAULT_MODEL,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask --prompt about; may be repeated.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question about every --image.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="JSONL, a line {image, prompt, answer, type}; the last two optional.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all that fit, by default.")] = None,
+    keep: Annotated[str, typer.Option(help="Comma-separated budgets in (0, 1].")] = "0.5,0.25,0.1",
+    out: Annotated[Path, typer.Option(help="Folder for report.html and comparison.json.")] = Path("foveate-out"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    questions: Annotated[
+        int | None, typer.Option(help="Use this many questions; 256 of the scenes, or the data set's first.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples run together.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the held-out scenes.")] = 0,
+) -> None:
+    """Measure what every method saves and costs on a model, beside plain down-sampling at the same budgets."""
+    from foveate.report.write import check_folder
+
+    # All that can be wrong with the arguments is found before anything is loaded, and that before any work.
+    budgets = _budgets(keep)
+    names = _method_names(methods)
+    _at_least("--questions", questions, 1)
+    _at_least("--batch-size", batch_size, 1)
+    _at_least("--seed", seed, 0)
+    kind = _dtype(dtype)
+    check_folder(out)
+    samples = _samples(image or [], prompt, dataset, questions, seed)
+    _run_comparison(model, samples, names, budgets, out, device, kind, batch_size)
+
+
+def _run_comparison(
+    model: str,
+    samples: list[Sample],
+    names: list[str] | None,
+    budgets: tuple[float, ...],
+    out: Path,
+    device: str,
+    dtype: str,
+    batch_size: int,
+) -> None:
+    from foveate.measure.compare import Comparison, Row
+    from foveate.measure.compare import compare as measure
+    from foveate.report.html import report_html
+    from foveate.report.table import comparison_table
+    from foveate.report.write import write_files
+
+    console = _console()
+    accelerator = _accelerator(device)
+    loaded, processor = _load(model, str(accelerator.device) if device == "auto" else device, dtype)
+    rows: list[Row] = []
+    try:
+        with _progress() as advance:
+            comparison: Comparison = measure(
+                loaded,
+                processor,
+                samples,
+                names,
+                budgets=budgets,
+                batch_size=batch_size,
+                on_progress=advance,
+                on_row=rows.append,
+                accelerator=accelerator,
+            )
+    except KeyboardInterrupt:
+        if rows and _is_main_process():
+            write_files(out, {_PARTIAL: _rows_json(rows)})
+            print(f"interrupted; {len(rows)} rows are in {out / _PARTIAL}", file=sys.stderr)
+        raise
+    if not _is_main_process():
+        return
+    page = report_html(
+        comparison,
+        command=shlex.join(["foveate", *sys.argv[1:]]),
+        model=model,
+        prompt=samples[0].prompt,
+        picture=_seen(processor, samples[0].images[0]),
+    )
+    write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
+    (out / _PARTIAL).unlink(missing_ok=True)
+    console.print(comparison_table(comparison))
+    console.print()
+    console.print(Text(comparison.why))
+    console.print(f"[bright_black]{escape(str(out / 'report.html'))} · {escape(str(out / 'comparison.json'))}[/]")
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    found = set()
+    for part in text.split(","):
+        try:
+            found.add(share("--keep", float(part)))
+        except InputError:
+            raise
+        except ValueError:
+            raise InputError(f"--keep: {part.strip()!r} is not a number; give e.g. 0.5,0.25,0.1") from None
+    return tuple(sorted(found, reverse=True))
+
+
+def _method_names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise InputError("--methods: no name given; `foveate methods` lists them")
+    chosen = list(dict.fromkeys(name for name in names if not method_class(name).card.baseline))
+    if not chosen:
+        raise InputError("--methods names baselines only, which always run; name a method to compare with them")
+    return chosen
+
+
+def _at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise InputError(f"{option} must be at least {least}, not {value}")
+
+
+def _dtype(name: str) -> str:
+    known = ("auto", "float32", "bfloat16", "float16")
+    if name not in known:
+        raise InputError(f"--dtype: unknown {name!r}; {did_you_mean(name, known)}")
+    return name
+
+
+def _samples(
+    images: list[Path], prompt: str | None, dataset: Path | None, questions: int | None, seed: int
+) -> list[Sample]:
+    from foveate.data.inputs import read_image, read_jsonl
+    from foveate.data.samples import Sample, from_scenes
+
+    if dataset is not None:
+        if images or prompt is not None:
+            raise InputError("give either --dataset or --image with --prompt, not both")
+        return read_jsonl(dataset)[:questions]
+    if images:
+        if prompt is None or not prompt.strip():
+            raise InputError("--image needs --prompt, the question about the picture")
+        return [
+            Sample(images=(read_image(path),), prompt=prompt, answer=None, type=None, id=path.name) for path in images
+        ]
+    if prompt is not None:
+        raise InputError("--prompt needs --image, the picture that it asks about")
+    return list(from_scenes("test", questions or DEFAULT_QUESTIONS, seed))
+
+
+def _accelerator(device: str) -> Any:
+    import torch
+    from accelerate import Accelerator
+
+    if device != "auto":
+        try:
+            # Something has to be put there: a device's name may be right where there is no such device.
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """The model in evaluation mode on `device`, and its processor. InputError for what cannot be loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from foveate import zoo
+    from foveate.hosts import SUPPORTED
+
+    known = zoo.names()
+    if name in known:
+        source = str(zoo.path(name))
+    elif Path(name).exists():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"{name}: no model here; a model's folder has a config.json")
+        source = name
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        source = name
+    else:
+        raise InputError(f"unknown model {name!r}; {did_you_mean(name, known)} (or a local folder, or a hub id OWNER/NAME)")
+    kind = {"auto": "auto" if device != "cpu" else torch.float32}.get(dtype) or getattr(torch, dtype)
+    try:
+        # The configuration first: it is small, and tells whether the rest is worth downloading.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        for architecture in config.architectures or ():
+            if architecture not in SUPPORTED:
+                raise InputError(f"{name} is a {architecture}, for which there is no adapter; see `docs/cli.md`")
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=kind, trust_remote_code=False, use_safetensors=True
+        )
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shipped = ", ".join(known) or "none"
+        raise InputError(f"{name} cannot be loaded: {reason[:300]} (models shipped here: {shipped})") from None
+    return loaded.to(device).eval(), processor
+
+
+def _seen(processor: Any, picture: Image.Image) -> Image.Image:
+    """The picture as the model gets it: resized and cropped by the processor, normalisation undone."""
+    import numpy as np
+    from PIL import Image
+
+    prepare = processor.image_processor
+    pixels = np.asarray(prepare(images=[picture], return_tensors="np")["pixel_values"][0], dtype=np.float64)
+    # LLaVA-NeXT: crops before channels; the first is the whole picture.
+    pixels = pixels[0] if pixels.ndim == 4 else pixels
+    if getattr(prepare, "do_normalize", False):
+        shape = (-1, 1, 1)
+        pixels = pixels * np.reshape(prepare.image_std, shape) + np.reshape(prepare.image_mean, shape)
+    if getattr(prepare, "do_rescale", True):
+        pixels = pixels * 255
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def _rows_json(rows: list[Any]) -> str:
+    import dataclasses
+    import json
+
+    return json.dumps({"complete": False, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with the time left on stderr; nothing where that is no terminal."""
+    console = _console(stderr=True)
+    if not console.is_terminal or console.quiet:
+        yield lambda done, total, text: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# methods
+
+
+@app.command()
+def methods(
+    slug: Annotated[str | None, typer.Argument(help="A method's name, for all about it.")] = None,
+) -> None:
+    """List the methods, or tell all about one."""
+    if slug is not None:
+        _describe(method_class(slug))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("method", "where", "summary", "paper"):
+        table.add_column(column, no_wrap=column in ("method", "paper"))
+    known = registry().values()
+    for baselines in (False, True):
+        for cls in (one for one in known if one.card.baseline == baselines):
+            card = cls.card
+            where = ", ".join(cls.handlers()) or "nowhere"
+            paper = f"arXiv {card.arxiv}" if card.arxiv else ""
+            cells = (card.slug, where, card.summary, paper)
+            table.add_row(*(Text(cell) for cell in cells), style="bright_black" if baselines else "")
+        if not baselines:
+            table.add_row(Text("baselines", style="bold"))
+    console = _console()
+    console.print(table)
+    console.print("\n[bright_black]foveate methods NAME tells all about one.[/]")
+
+
+def _describe(cls: type[Method]) -> None:
+    console, card = _console(), cls.card
+    console.print(Text(card.title, style="bold"))
+    if card.arxiv:
+        console.print(Text(f"https://arxiv.org/abs/{card.arxiv}" + (f" ({card.year})" if card.year else "")))
+    console.print()
+    console.print(Text(inspect.getdoc(cls) or card.summary))
+    _heading(console, "where it hooks")
+    for stage in cls.handlers():
+        console.print(Text(f"  {stage:14} {STAGES[stage]}"))
+    if not cls.handlers():
+        console.print("  nowhere")
+    _heading(console, "hosts")
+    console.print(Text("  " + ", ".join(card.hosts)))
+    parameters = inspect.signature(cls).parameters
+    if parameters:
+        _heading(console, "settings")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, parameter in parameters.items():
+            table.add_row(
+                Text(f"  {name}"), Text(_short(parameter.default)), Text(card.parameters.get(name, ""))
+            )  # fmt: skip
+        console.print(table)
+    if cls.claims:
+        _heading(console, f"claims that `foveate verify {card.slug}` measures")
+        for claim in cls.claims:
+            console.print(Text(f"  {claim.what}: {claim.figure:.6g} ({claim.source}, ±{100 * claim.tolerance:g} %)"))
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(Text(f"\n{text}", style="bold"))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify, train
+
+
+@app.command()
+def verify(
+    slug: Annotated[str | None, typer.Argument(help="A method's name; all methods by default.")] = None,
+) -> None:
+    """Measure every hard claim now and print ours beside the paper's figure; exit 1 when one fails."""
+    if slug is not None:
+        method_class(slug)
+    from foveate.measure.claims import verify as check
+
+    checked = check(slug)
+    console = _console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("method", "what", "ours", "figure", "tolerance", "source", ""):
+        table.add_column(column, justify="right" if column in ("ours", "figure", "tolerance") else "left")
+    for one in checked:
+        claim = one.claim
+        figures = (f"{one.ours:.6g}", f"{claim.figure:.6g}", f"{100 * claim.tolerance:g} %")
+        cells = (one.method, claim.what, *figures, claim.source, "ok" if one.passed else "FAILED")
+        table.add_row(*(Text(cell) for cell in cells), style="" if one.passed else "bold red")
+    console.print(table)
+    failed = sum(not one.passed for one in checked)
+    console.print(f"\n{len(checked)} claims measured, {failed} failed" if checked else "no claims to measure")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="What to train: tiny-llava, tiny-vit.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for weights, metrics and checkpoints [runs/NAME].")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's by default.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures a step; the recipe's by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Greatest learning rate; the recipe's by default.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier progress in the folder.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny model and few steps: does everything work?")] = False,
+) -> None:
+    """Train a model of the zoo; the same command again resumes an interrupted run to the same numbers."""
+    from foveate import train as recipes
+    from foveate.report.write import check_folder
+
+    _at_least("--seed", seed, 0)
+    if name not in recipes.names():
+        raise InputError(f"nothing to train is called {name!r}; {did_you_mean(name, recipes.names())}")
+    folder = check_folder(Path("runs") / name if out is None else out)
+    given = {"steps": steps, "batch": batch, "lr": lr}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    recipes.run(name, out=folder, seed=seed, resume=not fresh, smoke=smoke, **overrides)
+
+
+if __name__ == "__main__":
+    main()
