@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{where}{error.strerror or error}")
     except Exception as error:
         # Typer's own usage errors (it brings its copy of click, or takes click's, by version).
+        if type(error).__name__ == "Abort":
+            raise SystemExit(130) from None
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _fail(error.format_message())
         if type(error).__name__ == "OutOfMemoryError":
@@ -385,7 +387,9 @@ def _describe(cls: type[Method]) -> None:
     if card.arxiv:
         console.print(Text(f"https://arxiv.org/abs/{card.arxiv}" + (f" ({card.year})" if card.year else "")))
     console.print()
-    console.print(Text(inspect.getdoc(cls) or card.summary))
+    # The lines of a docstring are broken for the source file; here they flow.
+    for paragraph in (inspect.getdoc(cls) or card.summary).split("\n\n"):
+        console.print(Text(" ".join(paragraph.split()) + "\n"), soft_wrap=not console.is_terminal)
     _heading(console, "where it hooks")
     for stage in cls.handlers():
         console.print(Text(f"  {stage:14} {STAGES[stage]}"))
@@ -398,9 +402,8 @@ def _describe(cls: type[Method]) -> None:
         _heading(console, "settings")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for name, parameter in parameters.items():
-            table.add_row(
-                Text(f"  {name}"), Text(_short(parameter.default)), Text(card.parameters.get(name, ""))
-            )  # fmt: skip
+            meaning = card.parameters.get(name, "")
+            table.add_row(Text(f"  {name}"), Text(_short(parameter.default)), Text(meaning))
         console.print(table)
     if cls.claims:
         _heading(console, f"claims that `foveate verify {card.slug}` measures")

@@ -42,7 +42,7 @@ def report_html(
         command=command,
         prompt=prompt,
         samples=comparison.samples,
-        environment=_flat(comparison.environment),
+        environment=_flat({name: value for name, value in comparison.environment.items() if name != "command"}),
         why=comparison.why,
         chosen=None if chosen is None else cells(chosen),
         plot=Markup(plot_svg(comparison)),  # our own drawing; matplotlib escapes the names in it
@@ -84,6 +84,7 @@ def _by_type(comparison: Comparison) -> dict[str, Any] | None:
                 {
                     "method": row.method,
                     "budget": number(row.budget),
+                    "first": not lines or lines[-1]["method"] != row.method,
                     "baseline": row.baseline,
                     "values": ["–" if value is None else f"{100 * value:.0f}" for value in values],
                 }

@@ -62,7 +62,7 @@ def comparison_table(comparison: Comparison) -> Table:
                 if chosen:
                     text_of["method"] = f"● {row.method}"
                 if row.refused is not None:
-                    text_of["visual tokens"] = "refused, see below"
+                    text_of["visual tokens"] = "refused"
                 style = "bold green" if chosen else "bright_black" if baselines or row.refused is not None else ""
                 table.add_row(*(Text(text_of[column]) for column in columns), style=style)
         table.add_section()
