@@ -1,0 +1,365 @@
+"""`compare`: what each method costs and gives on a user's model and samples, beside plain baselines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from foveate.apply import apply
+from foveate.data.samples import Sample, to_inputs
+from foveate.hosts import adapt
+from foveate.measure.environment import environment
+from foveate.measure.flops import count_flops
+from foveate.measure.memory import kv_bytes
+from foveate.measure.provenance import Overlay, overlay, visual_tokens
+from foveate.measure.quality import Answered, Batches, answer, answer_length, gather, place, score
+from foveate.measure.timing import Timing, interleave, seconds
+from foveate.method import HostShape, InputError, Method, method_class
+
+METHODS = ("fopru", "vtc-cls", "pyramiddrop", "aim")
+BASELINES = ("random", "grid", "pool", "resolution")
+BUDGETS = (0.5, 0.25, 0.1)
+NEAR = 0.01
+"""How far below dense counts as "as good": 1 point."""
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget. Where it refused, only method, budget, baseline and the reason are set.
+
+    Attributes:
+        method: slug.
+        budget: share of visual tokens, averaged over the language model's layers, that it was asked to spend.
+        baseline: whether it is one of the plain baselines (dense included).
+        settings: the method's arguments.
+        stages: (stage, visual tokens after it, mean over samples, all crops of a sample together).
+        visual_share: measured share of visual tokens, mean over the language model's layers and the samples.
+        flops, flops_ratio: of one prefill of batch 1, and as a share of dense.
+        time_ratio, time_low, time_high: median and quartiles of interleaved pairs, as a share of dense.
+        kv_bytes: that the prefill leaves in the cache.
+        accuracy, accuracy_by_type: share of right answers; None without answers or types.
+        agreement: share of samples whose generated answer is the same as dense's.
+        kl: mean KL(dense || method) of the next token at the end of the prompt, nats.
+        refused: why the method cannot do this.
+    """
+
+    method: str
+    budget: float
+    baseline: bool
+    settings: dict[str, Any] | None = None
+    stages: tuple[tuple[str, float], ...] | None = None
+    visual_share: float | None = None
+    flops: int | None = None
+    flops_ratio: float | None = None
+    time_ratio: float | None = None
+    time_low: float | None = None
+    time_high: float | None = None
+    kv_bytes: int | None = None
+    accuracy: float | None = None
+    accuracy_by_type: dict[str, float] | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    refused: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} at {self.budget:g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, dense first, and what they say.
+
+    Attributes:
+        rows: see `Row`.
+        environment: see `foveate.measure.environment`.
+        samples: how many were asked.
+        choice: the row that the rule of `choose` picks; None if every method refused.
+        why: the rule's reason, in words.
+        overlays: one a row, of the sample that FLOPs and time were measured on.
+        overlay_sample: id of that sample.
+    """
+
+    rows: list[Row]
+    environment: dict[str, Any]
+    samples: int
+    choice: Row | None
+    why: str
+    overlays: list[Overlay] = field(default_factory=list)
+    overlay_sample: str = ""
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        values["choice"] = None if self.choice is None else self.rows.index(self.choice)
+        return json.dumps(values, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """The comparison that `to_json` wrote; InputError for anything else."""
+        try:
+            values = json.loads(text)
+            rows = [
+                Row(**row | {"stages": row["stages"] and tuple((name, count) for name, count in row["stages"])})
+                for row in values.pop("rows")
+            ]
+            overlays = [
+                Overlay(**one | {key: tuple(one[key]) for key in ("grid", "depth", "group")})
+                for one in values.pop("overlays")
+            ]
+            index = values.pop("choice")
+            return cls(rows=rows, overlays=overlays, choice=None if index is None else rows[index], **values)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(f"not a comparison ({' '.join(str(error).split())})") from None
+
+
+def compare(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    methods: Sequence[str | Method] = METHODS,
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    baselines: Sequence[str] = BASELINES,
+    batch_size: int = 32,
+    timing_pairs: int = 10,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    on_row: Callable[[Row], None] | None = None,
+    accelerator: Any = None,
+) -> Comparison:
+    """Measures every method and baseline at every budget on one model.
+
+    Quality is over all samples; FLOPs, cache and time are of one prefill of the sample with the median prompt, batch 1.
+
+    Args:
+        model: a vision-language model that `foveate.apply` supports, on its device.
+        processor: the model's.
+        samples: questions; accuracy is measured where they have answers.
+        methods: names, set up for each budget, or instances, measured once as they are.
+        budgets: shares of visual tokens in (0, 1], averaged over the language model's layers.
+        baselines: what to measure beside them; dense is always there.
+        batch_size: samples a batch. Results do not depend on the number of processes, but may in the last bits on this.
+        timing_pairs: interleaved pairs of dense and method.
+        max_new_tokens: length of an answer; None: enough for the longest right one.
+        seed: noted in the environment; nothing here draws but the method "random", which has its own.
+        on_progress: called with (done, total, text) after each batch.
+        on_row: called with each row as soon as it is measured, so that an interrupted run has something to show.
+        accelerator: an `accelerate.Accelerator` to share the samples among processes; every process gets all rows.
+
+    Raises:
+        InputError: no samples, a sample without picture, pixels that are not finite, a budget out of range, a model
+            without adapter or without language model, unknown names.
+    """
+    if not samples:
+        raise InputError("there are no samples to compare on")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise InputError(f"budgets must be in (0, 1], not {budget!r}")
+    shape = adapt(model).shape
+    if not shape.llm_layers:
+        raise InputError(f"compare needs a vision-language model; {type(model).__name__} has no language model")
+    planned = _plan(methods, baselines, budgets)
+    process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    batches = Batches(processor, samples, batch_size, process, processes)
+    new_tokens = answer_length(processor, samples) if max_new_tokens is None else max_new_tokens
+    bench = _Bench(model, processor, samples, shape, batches, new_tokens, timing_pairs, accelerator)
+    bench.total = len(batches) * (1 + len(planned))
+    bench.on_progress = on_progress or (lambda done, total, text: None)
+    training = model.training
+    model.eval()
+    try:
+        rows, overlays = [bench.dense()], []
+        if on_row:
+            on_row(rows[0])
+        for entry, budget in planned:
+            row, picture = bench.row(entry, budget)
+            rows.append(row)
+            if picture is not None:
+                overlays.append(picture)
+            if on_row:
+                on_row(row)
+    finally:
+        model.train(training)
+    choice, why = choose(rows)
+    surroundings = environment(model.device, model.dtype, seed) | {"processes": processes, "batch_size": batch_size}
+    return Comparison(rows, surroundings, len(samples), choice, why, overlays, bench.sample.id)
+
+
+def choose(rows: Sequence[Row]) -> tuple[Row | None, str]:
+    """The row to recommend and why.
+
+    Quality is accuracy, or agreement with dense where there are no right answers. Of the rows that need fewer FLOPs
+    than dense and are within 1 point of its quality, the cheapest is chosen. Where there is none, the one that loses
+    fewest points for each FLOP saved. Baselines take part; where one wins, the reason says so.
+    """
+    by_accuracy = rows[0].accuracy is not None
+    measure = "accuracy" if by_accuracy else "agreement with dense"
+
+    def quality(row: Row) -> float:
+        value = row.accuracy if by_accuracy else row.agreement
+        assert value is not None
+        return value
+
+    def cost(row: Row) -> float:
+        assert row.flops_ratio is not None
+        return row.flops_ratio
+
+    full = quality(rows[0])
+    candidates = [row for row in rows[1:] if row.refused is None and cost(row) < 1]
+    if not candidates:
+        return None, "nothing measured needs fewer FLOPs than dense"
+
+    def best(among: Sequence[Row]) -> tuple[Row, bool]:
+        near = [row for row in among if quality(row) >= full - NEAR - 1e-9]
+        if near:
+            return min(near, key=lambda row: (cost(row), -quality(row))), True
+        return min(among, key=lambda row: ((full - quality(row)) / (1 - cost(row)), cost(row))), False
+
+    def told(row: Row) -> str:
+        return f"{row.label} ({100 * quality(row):.1f} % {measure} for {100 * cost(row):.0f} % of the FLOPs)"
+
+    winner, near = best(candidates)
+    if near:
+        why = f"{told(winner)} is the cheapest within 1 point of dense ({100 * full:.1f} %)"
+    else:
+        why = f"nothing stays within 1 point of dense ({100 * full:.1f} %); {told(winner)} loses least per FLOP saved"
+    published = [row for row in candidates if not row.baseline]
+    if winner.baseline:
+        why += ". It is a plain baseline: no published method did better here"
+        if published:
+            why += f"; the best of them is {told(best(published)[0])}"
+    return winner, why + "."
+
+
+def _plan(
+    methods: Sequence[str | Method], baselines: Sequence[str], budgets: Sequence[float]
+) -> list[tuple[str | Method, float]]:
+    """What is measured after dense, in order, with its budget (that of an instance is not known yet: 0)."""
+    names = list(dict.fromkeys([*baselines, *(m for m in methods if isinstance(m, str))]))
+    for name in names:
+        method_class(name)
+    named = [(name, budget) for name in names if name != "dense" for budget in dict.fromkeys(budgets)]
+    return [*named, *((method, 0.0) for method in methods if isinstance(method, Method))]
+
+
+class _Bench:
+    """One model under measurement."""
+
+    def __init__(
+        self, model: Any, processor: Any, samples: Sequence[Sample], shape: HostShape, batches: Batches,
+        new_tokens: int, pairs: int, accelerator: Any,
+    ) -> None:  # fmt: skip
+        self.model, self.processor, self.samples, self.shape = model, processor, samples, shape
+        self.batches, self.new_tokens, self.pairs, self.accelerator = batches, new_tokens, pairs, accelerator
+        self.sample = sorted(samples, key=lambda sample: len(sample.prompt))[len(samples) // 2]
+        self.one = place(to_inputs(processor, [self.sample]), model)
+        self.on_progress: Progress = lambda done, total, text: None
+        self.done = self.total = 0
+        self._reference: list[Answered] = []
+        self._flops = 0
+
+    @torch.inference_mode()
+    def _prefill(self) -> Any:
+        return self.model(**self.one, use_cache=True, logits_to_keep=1)
+
+    def _step(self, text: str) -> None:
+        self.done += 1
+        self.on_progress(self.done, self.total, text)
+
+    def dense(self) -> Row:
+        self._reference = answer(
+            self.model, self.processor, self.batches, self.new_tokens, lambda: self._step("dense")
+        )
+        self._flops = count_flops(self._prefill)
+        quality = score(self.samples, self._reference, self._reference, self.accelerator)
+        counts = [int(count) for count in gather(self._image_tokens(), self.accelerator)]
+        return Row(
+            "dense", 1.0, True, {}, (("llm.input", sum(counts) / len(counts)),), 1.0, self._flops, 1.0, 1.0, 1.0, 1.0,
+            kv_bytes(self._prefill().past_key_values), quality.accuracy, quality.accuracy_by_type, 1.0, 0.0,
+        )  # fmt: skip
+
+    def _image_tokens(self) -> list[int]:
+        token = self.model.config.image_token_id
+        return [n for _, inputs in self.batches for n in (inputs["input_ids"] == token).sum(1).tolist()]
+
+    def row(self, entry: str | Method, budget: float) -> tuple[Row, Overlay | None]:
+        name = entry if isinstance(entry, str) else entry.card.slug
+        baseline = method_class(name).card.baseline if isinstance(entry, str) else entry.card.baseline
+        label = f"{name} at {budget:g}" if isinstance(entry, str) else repr(entry)
+        start = self.done
+        try:
+            method = method_class(entry).for_budget(budget, self.shape) if isinstance(entry, str) else entry
+            with apply(self.model, method) as applied:
+                said, counts = self._ask(applied, label)
+                flops = count_flops(self._prefill)
+                cache = kv_bytes(self._prefill().past_key_values)
+                trace = list(applied.trace)
+        except InputError as error:
+            self.done = start + len(self.batches)
+            self.on_progress(self.done, self.total, label)
+            return Row(name, budget, baseline, refused=str(error)), None
+        quality = score(self.samples, self._reference, said, self.accelerator)
+        time = self._time(method)
+        rows = gather(counts, self.accelerator)
+        share = sum(sum(spent) / whole for whole, spent, _ in rows) / (len(rows) * self.shape.llm_layers)
+        stages = {label: 0.0 for _, _, after in rows for label in after}
+        for _, _, after in rows:
+            for stage, count in after.items():
+                stages[stage] += count / len(rows)
+        budget = budget or round(share, 4)
+        row = Row(
+            name, budget, baseline, method.hyperparameters(), tuple(stages.items()), share, flops, flops / self._flops,
+            time.ratio, time.low, time.high, cache, quality.accuracy, quality.accuracy_by_type, quality.agreement,
+            quality.kl,
+        )  # fmt: skip
+        return row, overlay(trace, self.shape.llm_layers, self.shape.grid, name, budget)
+
+    def _ask(self, applied: Any, label: str) -> tuple[list[Answered], list[tuple[int, list[int], dict[str, float]]]]:
+        """Answers, and for each sample: image tokens of dense, visual tokens at each layer, tokens after each stage."""
+        counts: list[tuple[int, list[int], dict[str, float]]] = []
+        parts = iter(self.batches.parts)
+        wholes = iter(self._image_tokens())
+
+        def note() -> None:
+            size = len(next(parts))
+            layers = visual_tokens(applied.trace, self.shape.llm_layers)
+            for b in range(size):
+                after = {
+                    # Before the language model a record counts crops; only their mean over samples is known there.
+                    record.stage: record.tokens_out[b]
+                    if record.stage.startswith("llm")
+                    else sum(record.tokens_out) / size
+                    for record in applied.trace
+                }
+                counts.append((next(wholes), [layer[b] for layer in layers], after))
+            self._step(label)
+
+        return answer(self.model, self.processor, self.batches, self.new_tokens, note), counts
+
+    def _time(self, method: Method) -> Timing:
+        """Measured by the first process while the others wait, and told to all."""
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            timing = [self._interleave(method) if self.accelerator.is_main_process else None]
+            result: Timing = broadcast_object_list(timing)[0]
+            return result
+        return self._interleave(method)
+
+    def _interleave(self, method: Method) -> Timing:
+        def once(context: AbstractContextManager[Any]) -> float:
+            # Putting the method on and taking it off is no part of a forward.
+            with context:
+                return seconds(self._prefill, self.model.device)
+
+        return interleave(lambda: once(nullcontext()), lambda: once(apply(self.model, method)), self.pairs)
