@@ -317,8 +317,10 @@ class _Bench:
             for stage, count in after.items():
                 stages[stage] += count / len(rows)
         budget = budget or round(share, 4)
+        # As they come back from JSON: lists for tuples.
+        settings = json.loads(json.dumps(method.hyperparameters()))
         row = Row(
-            name, budget, baseline, method.hyperparameters(), tuple(stages.items()), share, flops, flops / self._flops,
+            name, budget, baseline, settings, tuple(stages.items()), share, flops, flops / self._flops,
             time.ratio, time.low, time.high, cache, quality.accuracy, quality.accuracy_by_type, quality.agreement,
             quality.kl,
         )  # fmt: skip
