@@ -78,7 +78,7 @@ def test_has_the_numbers_choice_environment_and_command() -> None:
             assert f"{100 * one.agreement:.1f} %" in parsed.text
         else:
             assert one.refused in parsed.text
-    for text in ("Choose pyramiddrop at budget 0.5.", "It keeps most", "versions torch", "foveate compare --keep 0.5"):
+    for text in ("Choose pyramiddrop at budget 0.5:", "It keeps most", "versions torch", "foveate compare --keep 0.5"):
         assert text in parsed.text
     assert any(a.get("href") == "https://arxiv.org/abs/2410.17247" for t, a in parsed.tags if t == "a")
 

@@ -72,13 +72,14 @@ def _table_row(comparison: Comparison, row: Row, first: bool) -> dict[str, Any]:
 
 def _by_type(comparison: Comparison) -> dict[str, Any] | None:
     """Accuracy by type of question: column heads and a line a row, or None without types."""
-    rows = [row for row in comparison.rows if row.accuracy_by_type]
-    types = sorted({kind for row in rows for kind in row.accuracy_by_type})
+    types = sorted({kind for row in comparison.rows for kind in row.accuracy_by_type or ()})
     if len(types) < 2:
         return None
-    lines = []
+    lines: list[dict[str, Any]] = []
     for block in sections(comparison):
-        for row in (row for group in block for row in group if row.accuracy_by_type):
+        for row in (row for group in block for row in group):
+            if not row.accuracy_by_type:
+                continue
             values = [row.accuracy_by_type.get(kind) for kind in types]
             lines.append(
                 {

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from foveate.measure.compare import Overlay
+    from foveate.measure.provenance import Overlay
 
 SIDE = 336
 """Pixels of an overlay's longer side."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foveate.report.wording import sections
 
@@ -38,14 +38,17 @@ def plot_svg(comparison: Comparison) -> str:
         value = row.accuracy if by_accuracy else row.agreement
         return float("nan") if value is None else 100 * value
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "foveate", "font.family": "sans-serif", "font.size": 10}
+    def cost(row: Row) -> float:
+        return float("nan") if row.flops_ratio is None else row.flops_ratio
+
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "foveate", "font.family": "sans-serif", "font.size": 10}
     with rc_context(settings):
         figure = Figure(figsize=(8.4, 4.6))
         axes = figure.add_subplot()
         labels: list[tuple[float, float, str, str]] = []
         for baseline, groups in zip((True, False), sections(comparison)):
             for i, group in enumerate(g for g in groups if g[0].method != "dense"):
-                points = sorted((row.flops_ratio, quality(row)) for row in group if row.refused is None)
+                points = sorted((cost(row), quality(row)) for row in group if row.refused is None)
                 if not points:
                     continue
                 colour = _SOFT if baseline else COLOURS[i % len(COLOURS)]
@@ -64,8 +67,8 @@ def plot_svg(comparison: Comparison) -> str:
                 labels.append((*points[-1], group[0].method, colour))
         for row in dense:
             axes.axhline(quality(row), color=_LINE, linewidth=1, zorder=1)
-            axes.plot([row.flops_ratio], [quality(row)], marker="*", markersize=13, color=_INK, linestyle="none", zorder=4)
-            labels.append((row.flops_ratio, quality(row), "dense", _INK))
+            axes.plot([cost(row)], [quality(row)], marker="*", markersize=13, color=_INK, zorder=4)
+            labels.append((cost(row), quality(row), "dense", _INK))
         # Labels stand in a column at the right, apart from each other, each tied to the end of its line.
         axes.margins(x=0.04, y=0.08)
         low, high = axes.get_ylim()

@@ -19,7 +19,7 @@ MINIMUM_WIDTH = 112
 _HEADERS = {
     "visual tokens": "visual tokens\nby stage",
     "FLOPs": "FLOPs\n× dense",
-    "time": "time × dense\n(low–high)",
+    "time": "time × dense\n(quartiles)",
     "KL": "KL\n(nats)",
 }
 # No frame; a rule under the head and between sections.

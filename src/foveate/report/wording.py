@@ -16,12 +16,12 @@ COLUMNS = ("method", "budget", "visual tokens", "FLOPs", "time", "KV cache", "ac
 LEGEND = {
     "budget": "visual tokens averaged over the language model's layers, as a share of all",
     "visual tokens": "how many are left after each stage, mean over the samples",
-    "FLOPs": "of the whole prefill, the method's own work included, as a share of dense",
-    "time": "measured, as a share of dense: median of interleaved pairs (lowest–highest)",
+    "FLOPs": "of one prefill, the method's own work included, as a share of dense",
+    "time": "of one prefill, measured, as a share of dense: median of interleaved pairs (lower–upper quartile)",
     "KV cache": "bytes that one sample's prefill leaves in the cache",
     "accuracy": "share of answers that are right",
-    "agreement": "share of samples where the next token is the one that dense gives",
-    "KL": "divergence of the next-token distribution from dense's, in nats; 0 is the same",
+    "agreement": "share of samples where the generated answer is the same as dense's",
+    "KL": "divergence of the first answer token's distribution from dense's, in nats; 0 is the same",
 }
 
 

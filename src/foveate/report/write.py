@@ -17,6 +17,8 @@ def check_folder(folder: str | Path) -> Path:
         InputError: if it is a file, or it (or the nearest folder above it that exists) cannot be written to.
     """
     folder = Path(folder)
+    if "\0" in str(folder):
+        raise InputError(f"{str(folder)!r} is not the name of a folder")
     try:
         above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
         if not above.is_dir():
@@ -26,8 +28,6 @@ def check_folder(folder: str | Path) -> Path:
             pass
     except OSError as error:
         raise InputError(f"{folder}: results cannot be written here ({error.strerror}); give another --out") from None
-    except ValueError as error:
-        raise InputError(f"{str(folder)!r}: not the name of a folder ({error})") from None
     return folder
 
 
