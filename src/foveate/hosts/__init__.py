@@ -31,8 +31,10 @@ SUPPORTED: dict[str, str] = {
 
 def adapt(model: nn.Module) -> Host:
     """The adapter for a model. InputError for a class that has none."""
-    name = type(model).__name__
-    if name not in SUPPORTED:
+    # A subclass that adds a head or a loss is still the model that it derives from.
+    name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), None)
+    if name is None:
+        name = type(model).__name__
         raise InputError(f"no adapter for {name}; {did_you_mean(name, SUPPORTED)}")
     # Imported here: an adapter of one family must not make the others' packages necessary.
     if SUPPORTED[name] == "llava":

@@ -72,7 +72,8 @@ class Encoder:
     """
 
     def __init__(self, host: Host, tower: Any) -> None:
-        kind = type(tower).__name__
+        kind = _kind(tower)
+        assert kind is not None
         self.host, self.tower = host, tower
         self.timm = not hasattr(tower, "config")
         anatomy = _ANATOMY[kind]
@@ -297,7 +298,7 @@ class VisionHost(Host):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        towers = [module for module in model.modules() if type(module).__name__ in _ANATOMY]
+        towers = [module for module in model.modules() if _kind(module)]
         self.encoder = Encoder(self, towers[0])
         family = "timm" if self.encoder.timm else "hf-vision"
         last = self.encoder.layers - 1
@@ -349,3 +350,8 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return module.get_submodule(path) if path else None
     except AttributeError:
         return None
+
+
+def _kind(module: nn.Module) -> str | None:
+    """The class in `_ANATOMY` that a module is of, or derives from."""
+    return next((base.__name__ for base in type(module).__mro__ if base.__name__ in _ANATOMY), None)
