@@ -7,6 +7,7 @@ passes. `from tiny import …` works in all tests (pytest puts this folder on th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+
+from foveate.method import Card, HostShape, Method, Stage, at
+from foveate.tokens import Tokens, compact
 
 IMAGE, PAD, VOCABULARY = 98, 1, 99
 """Token ids: the image placeholder, padding; text is 3..97."""
@@ -80,8 +84,9 @@ def siglip_config(image: int = 16, patch: int = 4, layers: int = 5) -> SiglipVis
 def text_config(kind: str = "llama", layers: int = 4) -> LlamaConfig | Qwen2Config:
     """Llama with as many key-value heads as heads, Qwen2 with half as many."""
     settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64,
-        "max_position_embeddings": 1024, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 1024, "pad_token_id": PAD, "bos_token_id": None,
+        "eos_token_id": None,
     }  # fmt: skip
     if kind == "qwen2":
         return Qwen2Config(num_key_value_heads=2, **settings)
@@ -175,6 +180,33 @@ def clip_dual(*, seed: int = 0) -> Any:
     )  # fmt: skip
     config = CLIPConfig(text_config=text.to_dict(), vision_config=clip_config(layers=4).to_dict(), projection_dim=32)
     return shake(CLIPModel(config), seed)
+
+
+def probe(
+    stage: str,
+    choose: Callable[[Tokens, Stage], Tensor],
+    *,
+    layer: int = -1,
+    renumbers: bool = True,
+    reads: tuple[str, ...] = (),
+    slug: str = "probe",
+) -> Method:
+    """A method for tests: keeps the tokens for which `choose(tokens, at)` (B, N) is True, at one stage and layer."""
+
+    class Probe(Method):
+        card = Card(slug=slug, title="probe", arxiv="", kind="reduce", hosts=("hf-vlm",), summary="for tests")
+
+        def reads(self, host: HostShape) -> tuple[str, ...]:
+            return reads
+
+        @at(stage)
+        def act(self, tokens: Tokens, at: Stage) -> Tokens:
+            if at.layer != layer:
+                return tokens
+            return tokens.keep(compact(choose(tokens, at) & tokens.mask()))
+
+    Probe.renumbers = renumbers
+    return Probe()
 
 
 def pixels(count: int = 1, seed: int = 0, side: int = 16) -> Tensor:

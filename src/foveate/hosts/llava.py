@@ -269,6 +269,8 @@ class LlavaHost(Host):
         if given.get("pixel_values") is None and encoded is None:
             return
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if self._prompt is not None and (embeds if ids is None else ids).shape[1] < self._prompt:
+            raise InputError("a prompt with pictures must be prefilled in one piece; leave prefill_chunk_size out")
         if embeds is None:
             visual = ids == self.config.image_token_id
         else:
@@ -461,8 +463,6 @@ class LlavaHost(Host):
             self._past = getattr(cache, _MEMORY, None)
             return None if self._past is None else ((), self._continue(given, cache))
         assert self._inputs is not None
-        if self._prompt is not None and embeds.shape[1] < self._prompt:
-            raise InputError("a prompt with pictures must be prefilled in one piece; leave prefill_chunk_size out")
         self._inputs.images = self._inputs.images or self._images
         self._inputs.embeds = embeds
         self.trace = list(self._inputs.images[0].records)
@@ -651,12 +651,13 @@ class LlavaHost(Host):
         return output
 
     def _places(self, sequence: Sequence) -> Tensor:
-        """(B, full length): for each position the user gave, the token that stands there or the last one before it."""
+        """(B, full length): for each position the user gave, the token there or the last before it; else the first."""
         batch, length = sequence.index.shape
         target = torch.where(sequence.present, sequence.index, self.full_length)
         place = target.new_full((batch, self.full_length + 1), -1)
         place.scatter_(1, target, torch.arange(length, device=target.device).expand(batch, -1))
-        return place[:, :-1].cummax(1).values.clamp(min=0)
+        first = sequence.present.long().argmax(1, keepdim=True)
+        return place[:, :-1].cummax(1).values.maximum(first)
 
 
 class LanguageSignals:
