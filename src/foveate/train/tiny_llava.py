@@ -181,6 +181,9 @@ class _Objective(nn.Module):
         super().__init__()
         self.llava = llava
         self.box_head = nn.Linear(llava.config.text_config.hidden_size, 4)
+        # From the mean box on: a random start would only disturb the words.
+        nn.init.zeros_(self.box_head.weight)
+        self.box_head.bias.data = torch.tensor([0.5, 0.5, 0.3, 0.3])
 
     def forward(
         self,
@@ -209,7 +212,9 @@ class _Objective(nn.Module):
 
         middle = outputs.hidden_states[(len(outputs.hidden_states) - 1) // 2]
         named = boxes[..., 2] > 0
-        distance = F.smooth_l1_loss(self.box_head(middle[named]), boxes[named], reduction="sum", beta=0.05)
+        # The residual stream is large and grows: without a norm every optimizer step would throw the boxes about.
+        state = F.layer_norm(middle[named], middle.shape[-1:]) / 4
+        distance = F.smooth_l1_loss(self.box_head(state), boxes[named], reduction="sum", beta=0.05)
         return losses, right, distance / (4 * named.sum()).clamp(min=1)
 
 
