@@ -220,13 +220,13 @@ open(f"{out}/{{accelerator.num_processes}}-{{accelerator.process_index}}.json", 
 
 
 def test_two_processes_give_exactly_the_numbers_of_one(tmp_path: Path) -> None:
-    """Sharding: `accelerate launch` on CPU with one and with two processes."""
+    """Sharding: an `Accelerator` on CPU in one and in two processes."""
     script = tmp_path / "sharded.py"
     script.write_text(_SHARDED.format(paths=[str(Path(__file__).parent)], out=tmp_path))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]  # fmt: skip
+    # Not `accelerate launch --cpu`, which quietly starts one process only.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=120)
-    subprocess.run([*launch, "--num_processes", "2", "--multi_cpu", str(script)], check=True, capture_output=True, timeout=120)
+    subprocess.run([*launch, str(script)], check=True, capture_output=True, timeout=120)
     results = [json.loads((tmp_path / name).read_text())["rows"] for name in ("1-0.json", "2-0.json", "2-1.json")]
     for rows in results:
         for row in rows:

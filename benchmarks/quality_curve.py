@@ -1,0 +1,86 @@
+"""Accuracy against FLOPs of every method and baseline on the zoo's tiny-llava and held-out scenes.
+
+Writes benchmarks/results/quality_curve.json and docs/quality-cost.png and .svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava_shaped import write, write_bytes
+from matplotlib.figure import Figure
+
+from foveate.data.samples import from_scenes
+from foveate.measure.compare import METHODS, Comparison, Row, compare
+
+_ROOT = Path(__file__).parent.parent
+_MARKERS = "osD^vPX*"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=_ROOT / "src/foveate/zoo/tiny-llava")
+    parser.add_argument("--count", type=int, default=2000, help="questions")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25, 0.15, 0.1])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", type=Path, default=_ROOT / "docs/quality-cost.png")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(options.model, local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(options.model, local_files_only=True)
+    comparison = compare(
+        model, processor, from_scenes("test", options.count, options.seed), options.methods, budgets=options.budgets,
+        batch_size=options.batch_size, timing_pairs=options.pairs, seed=options.seed, on_row=_tell,
+    )  # fmt: skip
+    results: dict[str, Any] = json.loads(comparison.to_json())
+    # Thousands of numbers that no figure shows.
+    del results["overlays"]
+    write("quality_curve", options, {"comparison": results})
+    figure = draw(comparison)
+    for suffix in (".png", ".svg"):
+        file = io.BytesIO()
+        figure.savefig(file, format=suffix[1:], dpi=160)
+        write_bytes(options.figure.with_suffix(suffix), file.getvalue())
+
+
+def _tell(row: Row) -> None:
+    print(row.label, row.refused or f"{row.accuracy} accuracy, {row.flops_ratio:.3f} FLOPs", flush=True)
+
+
+def draw(comparison: Comparison) -> Figure:
+    """Accuracy over the share of dense's FLOPs: methods solid, baselines dashed and grey, dense a line across."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [row for row in comparison.rows if row.refused is None]
+    axes.axhline(100 * (rows[0].accuracy or 0), color="black", linewidth=1, label="dense")
+    for number, name in enumerate(dict.fromkeys(row.method for row in rows[1:])):
+        mine = sorted((r for r in rows if r.method == name), key=lambda r: r.flops_ratio or 0)
+        style: dict[str, Any] = (
+            {"color": str(0.35 + 0.1 * (number % 4)), "linestyle": "--", "linewidth": 1.2}
+            if mine[0].baseline
+            else {"linewidth": 2.2}
+        )
+        axes.plot(
+            [r.flops_ratio for r in mine], [100 * (r.accuracy or 0) for r in mine], label=name,
+            marker=_MARKERS[number % len(_MARKERS)], markersize=5, **style,
+        )  # fmt: skip
+    axes.set_xlabel("FLOPs of the prefill, the method's own work included, as a share of dense")
+    axes.set_ylabel(f"accuracy, % of {comparison.samples} questions")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9, ncols=2)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How much of the FLOPs saved is time saved: (1 - time ratio) / (1 - FLOPs ratio). Goal: at least 0.95.
+
+Measured from the projector's entry to the language model's exit (`llm`: scoring, merging and dropping are in it), and
+on the whole forward (`model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from llava_shaped import Section, arguments, build, clock, prefill, write
+
+from foveate.apply import apply
+from foveate.hosts import adapt
+from foveate.measure.flops import count_flops, flop_counter
+from foveate.measure.timing import Timing, interleave, seconds
+from foveate.method import method_class
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--methods", nargs="+", default=["pyramiddrop", "fopru", "aim"])
+    options = parser.parse_args()
+    model, inputs = build(options)
+    run = prefill(model, inputs)
+    shape = adapt(model).shape
+
+    def summary(timing: Timing, ratio: float) -> dict[str, float]:
+        return {
+            "flops_ratio": ratio, "time_ratio": timing.ratio, "time_low": timing.low, "time_high": timing.high,
+            "dense_seconds": timing.first_seconds, "realised_share": (1 - timing.ratio) / (1 - ratio),
+        }  # fmt: skip
+
+    results = []
+    for slug in options.methods:
+        for budget in options.budgets:
+            method = method_class(slug).for_budget(budget, shape)
+
+            def paired(read: Callable[[], float], method: Any = method) -> Timing:
+                def once(context: AbstractContextManager[Any]) -> float:
+                    with context:
+                        return read()
+
+                return interleave(
+                    lambda: once(nullcontext()), lambda: once(apply(model, method)), options.pairs, warmup=2
+                )
+
+            section = Section(model, clock(options.device))
+
+            def language_seconds(section: Section = section) -> float:
+                run()
+                return section.spent
+
+            language = paired(language_seconds)
+            section.remove()
+            whole = paired(lambda: seconds(run, options.device))
+            dense_flops = count_flops(run), _section_flops(model, run, None)
+            with apply(model, method):
+                flops = count_flops(run)
+            row = {
+                "method": slug,
+                "budget": budget,
+                "settings": method.hyperparameters(),
+                "llm": summary(language, _section_flops(model, run, method) / dense_flops[1]),
+                "model": summary(whole, flops / dense_flops[0]),
+            }
+            results.append(row)
+            print(slug, budget, row["llm"], row["model"])
+    write("realised_share", options, {"goal": "llm.realised_share >= 0.95", "results": results})
+
+
+def _section_flops(model: Any, run: Callable[[], Any], method: Any) -> float:
+    """FLOPs from the projector's entry to the language model's exit, with a method or (None) without."""
+    with flop_counter() as counter:
+        section = Section(model, lambda: float(counter.get_total_flops()))
+        try:
+            with nullcontext() if method is None else apply(model, method):
+                run()
+        finally:
+            section.remove()
+    return section.spent
+
+
+if __name__ == "__main__":
+    main()
