@@ -130,17 +130,21 @@ class Resolution(Method):
 
 
 def coarser(grid: tuple[int, int], keep: float) -> tuple[int, int]:
-    """(rows, columns) of the grid with the most cells, at most `keep` of those of `grid`, nearest to its shape.
+    """(rows, columns) of the coarser grid with the most cells, at most `keep` of those of `grid`, at least one cell.
 
-    At least one cell. Of grids with equally many cells, the one whose cells are nearest to square is taken.
+    Cells stretched beyond 3:2 are no fair down-sampling, however well they fill the budget; they are taken only where
+    nothing else fits. Of grids with equally many cells, the one whose cells are nearest to square is taken.
     """
     height, width = grid
     budget = max(1, int(height * width * keep + 1e-9))
-    shapes = [(rows, min(width, budget // rows)) for rows in range(1, min(height, budget) + 1)]
+    shapes = [
+        (rows, columns)
+        for rows in range(1, min(height, budget) + 1)
+        for columns in range(1, min(width, budget // rows) + 1)
+    ]
 
     def stretch(shape: tuple[int, int]) -> float:
         return abs(math.log((height / shape[0]) / (width / shape[1])))
 
-    # Cells stretched beyond 3:2 are no fair down-sampling, however well they fill the budget.
     fair = [shape for shape in shapes if stretch(shape) <= math.log(1.5) + 1e-9] or [min(shapes, key=stretch)]
     return max(fair, key=lambda shape: (shape[0] * shape[1], -stretch(shape)))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from fractions import Fraction
 
 import pytest
 import torch
-from reference import eager_vision, kept, top
-from stub import HOST, numbered, numbers, plain_attention, stage
 from torch import Tensor
 
 import foveate
 from foveate.method import InputError
 from foveate.methods.reduce.fopru import FoPru, significance
 from foveate.nn.attention import Attention
+from reference import eager_vision, kept, top
+from stub import HOST, numbered, numbers, plain_attention, stage
 from tiny import prompt, vision, vlm
 
 KEEPS = (0.01, 0.06, 0.1, 0.25, 0.29, 0.4, 0.5, 0.7, 0.75, 0.99, 1.0)
@@ -94,7 +95,7 @@ def test_the_score_of_all_columns_sums_to_1_when_all_rows_are_averaged() -> None
 def test_fewer_is_a_subset_of_more(strategy: str) -> None:
     attention = plain_attention(2, 4, 35)
     ladder = [prune(keep, attention, (5, 7), strategy=strategy) for keep in KEEPS]
-    for fewer, more in zip(ladder, ladder[1:]):
+    for fewer, more in itertools.pairwise(ladder):
         assert all(set(a) <= set(b) for a, b in zip(fewer, more))
 
 
