@@ -282,10 +282,13 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """The model in evaluation mode on `device`, and its processor. InputError for what cannot be loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     from foveate import zoo
     from foveate.hosts import SUPPORTED
 
+    # Its bar for reading weights is a matter of moments; that of downloads is the hub's own, and stays.
+    logging.disable_progress_bar()
     known = zoo.names()
     if name in known:
         source = str(zoo.path(name))

@@ -44,7 +44,7 @@ def cells(row: Row) -> dict[str, str]:
 
 def leaving(row: Row) -> list[float]:
     """Visual tokens after each stage, without stages that changed nothing."""
-    counts = [count for _, count in row.stages]
+    counts = [count for _, count in row.stages or ()]
     return [count for i, count in enumerate(counts) if i == 0 or count != counts[i - 1]]
 
 

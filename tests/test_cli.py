@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import foveate
+from foveate import zoo
+from foveate.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command line in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(one) for one in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (96, 96), (200, 100, 50)).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+needs_zoo = pytest.mark.skipif("tiny-llava" not in zoo.names(), reason="tiny-llava is not trained yet")
+
+BAD = [
+    (["bogus"], "bogus"),
+    (["compare", "--bogus"], "--bogus"),
+    (["compare", "--questions", "many"], "--questions"),
+    (["compare", "--questions", "0"], "--questions must be at least 1"),
+    (["compare", "--batch-size", "-1"], "--batch-size"),
+    (["compare", "--seed", "-1"], "--seed"),
+    (["compare", "--keep", "half"], "'half' is not a number"),
+    (["compare", "--keep", "0.5,,0.1"], "is not a number"),
+    (["compare", "--keep", "0"], "(0, 1]"),
+    (["compare", "--keep", "1.5"], "(0, 1]"),
+    (["compare", "--keep", "nan"], "(0, 1]"),
+    (["compare", "--methods", "pyramidrop"], "did you mean pyramiddrop"),
+    (["compare", "--methods", ","], "no name"),
+    (["compare", "--methods", "random"], "baselines only"),
+    (["compare", "--dtype", "float61"], "did you mean float16"),
+    (["compare", "--device", "warp9", "--image", "a.png", "--prompt", "p"], "--device 'warp9'"),
+    (["compare", "--out", "a.png"], "not a folder"),
+    (["compare", "--out", "/proc/foveate"], "cannot be written"),
+    (["compare", "--image", "none.png", "--prompt", "p"], "no such picture"),
+    (["compare", "--image", ".", "--prompt", "p"], "a folder"),
+    (["compare", "--image", "text.png", "--prompt", "p"], "not a picture"),
+    (["compare", "--image", "nan.tiff", "--prompt", "p"], "NaN"),
+    (["compare", "--image", "a.png"], "--image needs --prompt"),
+    (["compare", "--prompt", "p"], "--prompt needs --image"),
+    (["compare", "--dataset", "bad.jsonl"], "bad.jsonl:2: not JSON"),
+    (["compare", "--dataset", "bad.jsonl", "--image", "a.png"], "not both"),
+    (["compare", "--model", "tiny-lava", "--image", "a.png", "--prompt", "p"], "unknown model 'tiny-lava'"),
+    (["compare", "--model", ".", "--image", "a.png", "--prompt", "p"], "config.json"),
+    (["compare", "--model", "somebody/nothing", "--image", "a.png", "--prompt", "p"], "models shipped here"),
+    (["methods", "fopruu"], "did you mean fopru"),
+    (["verify", "fopruu"], "did you mean fopru"),
+    (["train", "tiny-lava"], "did you mean tiny-llava"),
+    (["train"], "name"),
+    (["train", "tiny-llava", "--seed", "-1"], "--seed"),
+    (["train", "tiny-llava", "--out", "a.png"], "not a folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line(run: Run, picture: Path, arguments: list[str], message: str) -> None:
+    folder = picture.parent
+    (folder / "text.png").write_text("no picture")
+    Image.fromarray(__import__("numpy").full((1, 2), float("nan"), dtype="float32")).save(folder / "nan.tiff")
+    (folder / "bad.jsonl").write_text('{"image": "a.png", "prompt": "p"}\n{"image"\n')
+    before = sorted(folder.iterdir())
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert out == ""
+    assert sorted(folder.iterdir()) == before
+
+
+def test_version_help_and_no_arguments(run: Run) -> None:
+    assert run("--version") == (0, f"foveate {foveate.__version__}\n", "")
+    for arguments in (["--help"], ["compare", "-h"]):
+        code, out, _ = run(*arguments)
+        assert code == 0 and "Usage" in out
+
+
+def test_methods_lists_all_and_tells_about_one(run: Run) -> None:
+    code, out, err = run("methods")
+    assert code == 0 and err == ""
+    words = out.split()
+    assert set(foveate.registry()) <= set(words)
+    assert words.index("pyramiddrop") < words.index("baselines") < words.index("random")
+    code, out, _ = run("methods", "pyramiddrop")
+    for text in ("https://arxiv.org/abs/2410.17247", "llm.layer", "hf-vlm", "(0.25, 0.5, 0.75)", "Table 1", "keep"):
+        assert text in out
+
+
+def test_verify_prints_both_figures_and_fails_by_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveate.measure import claims
+
+    claim = SimpleNamespace(what="MACs [x]", figure=3.82e12, tolerance=0.005, source="Table 1")
+    results = [SimpleNamespace(method="fopru", claim=claim, ours=3.83e12, holds=True)]
+    monkeypatch.setattr(claims, "verify", lambda slug, on_progress=None: results)
+    code, out, _ = run("verify")
+    assert code == 0
+    for text in ("MACs [x]", "3.82e+12", "3.83e+12", "0.5 %", "Table 1", "1 claims measured, 0 failed"):
+        assert text in out
+    results.append(SimpleNamespace(method="aim", claim=claim, ours=1.0, holds=False))
+    code, out, _ = run("verify", "fopru")
+    assert code == 1 and "FAILED" in out and "1 failed" in out
+
+
+def test_train_passes_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(foveate.train, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert run("train", "tiny-llava", "--out", "r", "--steps", "3", "--seed", "7", "--smoke", "--fresh")[0] == 0
+    assert calls == [
+        (("tiny-llava",), {"out": Path("r"), "seed": 7, "resume": False, "smoke": True, "steps": 3}),
+    ]
+
+
+def test_bugs_keep_their_traceback_and_files_do_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(error: Exception) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(foveate.train, "run", fail)
+
+    raises(OSError(errno.ENOSPC, "No space left on device", "r/x"))
+    assert run("train", "tiny-llava") == (2, "", "error: r/x: No space left on device\n")
+    raises(foveate.InputError("two\nlines \x1b[31m"))
+    assert run("train", "tiny-llava")[2] == "error: two lines �[31m\n"
+    raises(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "tiny-llava"])
+    monkeypatch.setattr(foveate.train, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert run("train", "tiny-llava")[0] == 130
+
+
+def test_other_processes_stay_silent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("compare", "--keep", "2") == (2, "", "")
+
+
+@needs_zoo
+def test_compare_writes_report_and_prints_the_table(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("compare", "--questions", "4", "--keep", "0.5", "--methods", "fopru", "--out", "o")
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["comparison.json", "report.html"]
+    rows = json.loads((tmp_path / "o/comparison.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "random", "grid", "pool", "resolution", "fopru"]
+    for row in rows:
+        assert f"{row['time_ratio']:.2f} ({row['time_low']:.2f}–{row['time_high']:.2f})" in out
+        assert f"{100 * row['accuracy']:.1f} %" in out
+    assert "Choice: " in out and "data:image/png" in (tmp_path / "o/report.html").read_text()
+
+
+@needs_zoo
+def test_compare_on_a_picture_without_answers(run: Run, picture: Path) -> None:
+    code, out, err = run(
+        "compare", "--image", picture, "--prompt", "is there a dog ?", "--keep", "0.5", "--methods", "pyramiddrop"
+    )
+    assert code == 0, err
+    assert "accuracy" not in out.split("Choice")[0] and "100.0 %" in out
+    assert "is there a dog ?" in (picture.parent / "foveate-out/report.html").read_text()
+
+
+@needs_zoo
+def test_interruption_keeps_earlier_results_and_rows_so_far(tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/report.html").write_text("earlier")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _INTERRUPTED, "compare", "--questions", "4", "--out", "o"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr and "rows are in" in done.stderr
+    assert (tmp_path / "o/report.html").read_text() == "earlier"
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["comparison.partial.json", "report.html"]
+    kept = json.loads((tmp_path / "o/comparison.partial.json").read_text())
+    assert [row["method"] for row in kept["rows"]] == ["dense", "random"] and kept["complete"] is False
+
+
+_INTERRUPTED = """
+import os, signal
+from foveate import cli
+import foveate.measure.compare as measure
+real = measure._Bench.row
+def row(self, entry, budget):
+    if entry == "random" and budget == 0.25:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(self, entry, budget)
+measure._Bench.row = row
+cli.main()
+"""
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m foveate.cli methods | true"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+def test_help_loads_nothing_slow() -> None:
+    slow = "('transformers', 'accelerate', 'matplotlib', 'jinja2')"
+    code = f"import sys, foveate.cli; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
