@@ -70,8 +70,13 @@ def test_chat_template_gives_the_trained_prompt(processor):
     assert processor.apply_chat_template(chat, add_generation_prompt=True) == PROMPT
     answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
     assert processor.apply_chat_template(answered) == PROMPT + " yes </s>"
-    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
-    assert np.asarray(ids["input_ids"] if hasattr(ids, "keys") else ids).ravel().tolist().count(1) == 1  # one <s>
+    chat[0]["content"][0]["image"] = Image.new("RGB", (96, 96))
+    made = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    alone = processor(images=Image.new("RGB", (96, 96)), text=PROMPT, return_tensors="pt")
+    assert torch.equal(made["input_ids"], alone["input_ids"])  # one <s>, not two
+    assert torch.equal(made["pixel_values"], alone["pixel_values"])
 
 
 def test_folder_is_what_docs_say(llava, processor):
