@@ -17,9 +17,9 @@ def tiny(seed: int = 0) -> tuple[Any, Any]:
     processor = build_processor(words(), image_size=48, patch_size=8)
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
-    shape: dict[str, int] = dict(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
-    )
+    shape: dict[str, int] = {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64
+    }
     config = LlavaConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,

@@ -21,7 +21,9 @@ from foveate.measure.provenance import overlay, visual_tokens
 from foveate.measure.quality import Batches, answer, kl_divergence, normalise
 from foveate.method import InputError
 
-SMALL = dict(budgets=(0.5, 0.1), baselines=("pool", "resolution"), timing_pairs=1, batch_size=4, max_new_tokens=3)
+SMALL = {
+    "budgets": (0.5, 0.1), "baselines": ("pool", "resolution"), "timing_pairs": 1, "batch_size": 4, "max_new_tokens": 3,
+}  # fmt: skip
 
 
 def test_kl_against_a_slow_loop() -> None:
@@ -62,15 +64,15 @@ def comparison() -> Comparison:
 def test_rows_are_complete(comparison: Comparison) -> None:
     assert comparison.rows[0].method == "dense"
     assert comparison.samples == 10
-    assert {(row.method, row.budget) for row in comparison.rows[1:]} == {
-        (name, budget) for name in ("pool", "resolution", "fopru", "vtc-cls", "pyramiddrop", "aim") for budget in (0.5, 0.1)
-    }
+    names = ("pool", "resolution", "fopru", "vtc-cls", "pyramiddrop", "aim")
+    assert [(row.method, row.budget) for row in comparison.rows[1:]] == [(n, b) for n in names for b in (0.5, 0.1)]
     for row in comparison.rows:
         if row.refused is not None:
             assert (row.method, row.flops) == ("pyramiddrop", None)
             continue
         assert row.visual_share is not None and row.visual_share <= row.budget + 0.02
-        assert row.flops_ratio is not None and (row.flops_ratio < 1 or row.method in ("dense", "aim", "fopru", "pyramiddrop"))
+        assert row.flops_ratio is not None
+        assert row.flops_ratio < 1 or row.method not in ("pool", "resolution")
         assert row.time_low is not None and row.time_ratio is not None and row.time_high is not None
         assert row.time_low <= row.time_ratio <= row.time_high
         assert row.accuracy is not None and row.accuracy_by_type and row.kl is not None and row.kl >= 0
@@ -110,8 +112,8 @@ def test_progress_and_rows_come_as_they_are_measured() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compare(
-            model, processor, questions(5), ("fopru", "vtc-cls", "aim"), budgets=(0.5,), baselines=("pool",), batch_size=2,
-            timing_pairs=1, max_new_tokens=2, on_progress=lambda *step: steps.append(step), on_row=on_row,
+            model, processor, questions(5), ("fopru", "vtc-cls", "aim"), budgets=(0.5,), baselines=("pool",),
+            batch_size=2, timing_pairs=1, max_new_tokens=2, on_progress=lambda *step: steps.append(step), on_row=on_row,
         )  # fmt: skip
     assert seen == ["dense", "pool", "fopru", "vtc-cls"]
     assert [done for done, _, _ in steps] == list(range(1, 13))
@@ -168,7 +170,7 @@ def test_bad_input_gets_one_line() -> None:
     model, processor = tiny()
     good = questions(2)
     nothing = Sample((), "what is there ?", id="empty-one")
-    with pytest.raises(InputError, match="empty-one has no picture|'empty-one' has no picture"):
+    with pytest.raises(InputError, match="'empty-one' has no picture"):
         compare(model, processor, [*good, nothing], **SMALL)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no samples"):
         compare(model, processor, [])

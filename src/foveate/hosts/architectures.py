@@ -17,10 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    Qwen2Config,
     SiglipVisionConfig,
 )
 
@@ -129,9 +127,9 @@ class Architecture:
                 f"{self.name} has {rows * columns} visual tokens a crop and needs text; "
                 f"{visual} visual and {text} text tokens do not fit"
             )
-        small = dict(
-            hidden_size=_TWIN_WIDTH, intermediate_size=2 * _TWIN_WIDTH, num_attention_heads=_TWIN_HEADS,
-        )  # fmt: skip
+        small = {
+            "hidden_size": _TWIN_WIDTH, "intermediate_size": 2 * _TWIN_WIDTH, "num_attention_heads": _TWIN_HEADS,
+        }  # fmt: skip
         language = self.language
         few = language.num_key_value_heads < language.num_attention_heads
         narrow_text = type(language)(
@@ -162,31 +160,31 @@ class Architecture:
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures}
 
 
-_CLIP_L_336: dict[str, Any] = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14, projection_dim=768,
-)  # fmt: skip
-_VICUNA_7B: dict[str, Any] = dict(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-    vocab_size=32064,
-)  # fmt: skip
-_VICUNA_13B: dict[str, Any] = dict(
-    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40,
-    vocab_size=32064,
-)  # fmt: skip
-_LLAMA3_8B: dict[str, Any] = dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=128320, rope_theta=500000.0,
-)  # fmt: skip
-_QWEN2_7B: dict[str, Any] = dict(
-    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vocab_size=152064,
-)  # fmt: skip
-_SIGLIP_SO400M: dict[str, Any] = dict(
+_CLIP_L_336: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
+    "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+_VICUNA_7B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32064,
+}  # fmt: skip
+_VICUNA_13B: dict[str, Any] = {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40,
+    "vocab_size": 32064,
+}  # fmt: skip
+_LLAMA3_8B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128320, "rope_theta": 500000.0,
+}  # fmt: skip
+_QWEN2_7B: dict[str, Any] = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}  # fmt: skip
+_SIGLIP_SO400M: dict[str, Any] = {
     # The checkpoint's 27th layer is left out: the model uses the output of the 26th.
-    hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384,
-    patch_size=14, vision_use_head=False,
-)  # fmt: skip
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384,
+    "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 
 
 def _vlm(name: str, parameters: int, source: str, text: dict[str, Any], kind: str = "Llava") -> Architecture:
@@ -216,7 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             "vit-b-16", "ViTForImageClassification", "ViTConfig", 86_567_656, "google/vit-base-patch16-224",
-            dict(num_labels=1000), crop_grid=(14, 14),
+            {"num_labels": 1000}, crop_grid=(14, 14),
         ),
     )
 }  # fmt: skip

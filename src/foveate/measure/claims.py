@@ -1,13 +1,13 @@
 """Checking every `Claim` of every method: what is counted here, against the figure that was printed.
 
 How many visual tokens each layer of the language model sees is read from a real run of the method on a narrow twin of
-the architecture (same depth, same numbers of tokens; see `hosts/architectures.py`). Costs follow from those numbers and
-the exact shapes:
+the architecture (same depth, same numbers of tokens; see `hosts/architectures.py`). Costs follow from those and the
+exact shapes:
 
 * `visual-macs`: multiply-adds of the exact decoder layer at that many tokens, visual tokens only, counted on the meta
   device, summed over layers. The convention of FastV, PyramidDrop and most others.
-* `llm-viewer`: the formula of LLM-Viewer (2 FLOPs a multiply-add; softmax, norms, residuals and activations too), visual
-  and text tokens.
+* `llm-viewer`: the formula of LLM-Viewer (2 FLOPs a multiply-add; softmax, norms, residuals, activations too), visual and
+  text tokens.
 * `llm-viewer-charged`: the same on `method.charged_tokens`, where the authors' script charges other numbers than run;
   the run has to be the charged numbers one layer later.
 * `projector-macs`: multiply-adds of the exact projector at the number of tokens that leave the encoder.
@@ -77,7 +77,8 @@ def count(cls: type[Method], claim: Claim) -> float:
     shape = architecture(claim.architecture)
     if claim.kind == "parameters":
         return float(sum(weight.numel() for weight in shape.build_meta().parameters()))
-    ran = run(cls.card.slug, json.dumps(dict(claim.settings)), claim.architecture, claim.visual, claim.text or _FEW_WORDS)
+    settings = json.dumps(dict(claim.settings))
+    ran = run(cls.card.slug, settings, claim.architecture, claim.visual, claim.text or _FEW_WORDS)
     if claim.kind == "tokens":
         return sum(ran.visual) / len(ran.visual)
     if claim.kind == "kv_bytes":

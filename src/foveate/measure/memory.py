@@ -10,9 +10,8 @@ import torch
 
 def kv_bytes(cache: Any) -> int:
     """Bytes of the keys and values of all layers of a transformers cache; layers may differ in length."""
-    return sum(
-        one.numel() * one.element_size() for layer in cache.layers for one in (layer.keys, layer.values) if one is not None
-    )
+    held = [one for layer in cache.layers for one in (layer.keys, layer.values) if one is not None]
+    return sum(one.numel() * one.element_size() for one in held)
 
 
 def kv_lengths(cache: Any) -> list[int]:

@@ -44,7 +44,7 @@ def visual_tokens(trace: Sequence[Record], depth: int) -> list[tuple[int, ...]]:
 def overlay(
     trace: Sequence[Record], depth: int, grid: tuple[int, int], method: str, budget: float, sample: int = 0
 ) -> Overlay:
-    """The overlay of one sample of the forward that `trace` recorded. Patches of the first crop come first in `source`."""
+    """The overlay of one sample of the forward that `trace` recorded; in `source`, the first crop comes first."""
     patches = grid[0] * grid[1]
     dropped = torch.ones(patches)
     group = torch.full((patches,), -1)

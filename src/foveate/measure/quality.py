@@ -85,7 +85,7 @@ class Batches:
 
 
 def answer_length(processor: Any, samples: Sequence[Sample]) -> int:
-    """How many tokens to generate: those of the longest right answer and the end token, 8 without answers; at most 32."""
+    """Tokens to generate: those of the longest right answer and the end token, at most 32; 8 without answers."""
     given = {sample.answer for sample in samples if sample.answer is not None}
     if not given:
         return 8
