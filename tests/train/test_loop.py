@@ -192,25 +192,25 @@ def test_half_written_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_killed_process_resumes_to_the_same_numbers(tmp_path: Path) -> None:
-    """The real command, SIGKILL after its first checkpoint, then the same command again."""
-
-    def command(folder: str) -> list[str]:
-        settings = ["steps=40", "save_every=3", "batch=2", "depth=2", "width=16", "heads=2", "threads=1", "workers=1"]
-        arguments = ["tiny-vit", "--out", str(tmp_path / folder), "--seed", "5", "--set", *settings, "test_scenes=2"]
-        return [sys.executable, "-m", "foveate.train", *arguments]
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
+    """SIGKILL of the real command after its first checkpoint; then its folder is resumed here."""
+    options = {"steps": 40, "save_every": 3, "batch": 2, "threads": 1, "workers": 1, "test_scenes": 2}
+    training.run("tiny-vit", out=tmp_path / "whole", seed=5, smoke=True, **options)
+    settings = [f"{name}={value}" for name, value in options.items()]
+    command = ["tiny-vit", "--out", str(tmp_path / "parts"), "--seed", "5", "--smoke", "--set", *settings]
     running = subprocess.Popen(
-        command("parts"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "foveate.train", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list((tmp_path / "parts").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGKILL)  # its own process group: it and its data worker, nothing else
     assert running.wait() == -signal.SIGKILL
     assert not (tmp_path / "parts" / "metrics.json").exists(), "it was over before it could be killed"
-    subprocess.run(command("parts"), env=environment, check=True, capture_output=True)
+    training.run("tiny-vit", out=tmp_path / "parts", seed=5, smoke=True, **options)
     assert_equal_bits(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
