@@ -268,7 +268,8 @@ class LlavaHost(Host):
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if given.get("pixel_values") is None and encoded is None:
             return
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        ids: Any = given.get("input_ids")
+        embeds: Any = given.get("inputs_embeds")
         if self._prompt is not None and (embeds if ids is None else ids).shape[1] < self._prompt:
             raise InputError("a prompt with pictures must be prefilled in one piece; leave prefill_chunk_size out")
         if embeds is None:
