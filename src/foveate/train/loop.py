@@ -341,7 +341,7 @@ def _save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     parameters = _trained(recipe.model)
-    names = {parameter: name for name, parameter in parameters.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     moments = {
         f"{names[parameter]}|{key}": value
         for parameter, state in optimizer.state.items()

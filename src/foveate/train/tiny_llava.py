@@ -107,7 +107,7 @@ class TinyLlava(Recipe):
         if vit.embed_dim != settings.width:
             raise InputError(f"width must be the tower's {vit.embed_dim}, not {settings.width}")
         clip = to_clip(vit)
-        self.processor = build_processor(words(), image_size=clip.config.image_size)
+        self.processor = build_processor(words(), image_size=cast(int, clip.config.image_size))
         self.tokenizer: PreTrainedTokenizerFast = self.processor.tokenizer
         self.llava = build_llava(
             clip.config,
@@ -133,12 +133,12 @@ class TinyLlava(Recipe):
         scale = 1 / (features - mean).std()
         # gelu(x + 2) is about x + 2 for most x of unit variance, so the two layers undo each other's shift.
         shift, gain = 2.0, _EMBEDDING_NORM / self.settings.width**0.5
-        projector = self.llava.model.multi_modal_projector
+        projector: Any = self.llava.model.multi_modal_projector
         projector.linear_1.weight.copy_(torch.eye(self.settings.width) * scale)
         projector.linear_1.bias.copy_(shift - scale * mean)
         projector.linear_2.weight.copy_(torch.eye(self.settings.width) * gain)
         projector.linear_2.bias.fill_(-shift * gain)
-        embedding = self.llava.get_input_embeddings().weight
+        embedding = cast(nn.Embedding, self.llava.get_input_embeddings()).weight
         embedding.normal_(std=gain)
         directions = vit.early_patch_head.weight - vit.early_patch_head.weight.mean(0)
         for name, direction in zip(NAMES, directions[1:]):
@@ -180,7 +180,7 @@ class _Objective(nn.Module):
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.llava = llava
-        self.box_head = nn.Linear(llava.config.text_config.hidden_size, 4)
+        self.box_head = nn.Linear(cast(Any, llava.config.text_config).hidden_size, 4)
         # From the mean box on: a random start would only disturb the words.
         nn.init.zeros_(self.box_head.weight)
         self.box_head.bias.data = torch.tensor([0.5, 0.5, 0.3, 0.3])
@@ -305,7 +305,7 @@ def answer_accuracy(
             padding=True,
             return_tensors="pt",
         ).to(model.device)
-        made = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        made = cast(Any, model).generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         for question, text in zip(asked, processor.batch_decode(made, skip_special_tokens=True)):
             right[question.type] += text.strip() == question.answer
             answers[question.type][question.answer] += 1

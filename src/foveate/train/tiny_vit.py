@@ -83,7 +83,8 @@ class TinyVit(Recipe):
             "num_heads": settings.heads,
             "num_classes": len(NAMES),
         }
-        self.model = _Objective(zoo.build_vit(self.config))
+        self.tower = zoo.build_vit(self.config)
+        self.model = _Objective(self.tower)
         self.scenes = Scenes("train", seed)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
@@ -96,7 +97,7 @@ class TinyVit(Recipe):
         return total, {name: float(value.detach()) for name, value in parts.items()}
 
     def export(self, folder: Path) -> None:
-        write_tensors(folder / "model.safetensors", self.model.tower.state_dict())
+        write_tensors(folder / "model.safetensors", self.tower.state_dict())
         write_json(folder / "config.json", {"name": self.name, **self.config})
 
     @torch.no_grad()
@@ -106,7 +107,7 @@ class TinyVit(Recipe):
             from torchmetrics.classification import MultilabelAveragePrecision
         except ImportError:
             raise InputError("evaluating tiny-vit needs torchmetrics: pip install 'foveate[metrics]'") from None
-        tower: Any = self.model.tower
+        tower: Any = self.tower
         scenes, count = Scenes("test", 0), self.settings.test_scenes
         precision = MultilabelAveragePrecision(len(NAMES), average="macro")
         classes = len(NAMES) + 1

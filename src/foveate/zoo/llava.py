@@ -7,7 +7,7 @@ Everything is a stock transformers class, so the saved folder loads with `AutoMo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -44,9 +44,7 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     vocabulary = [*SPECIAL_TOKENS, *CHAT_WORDS, *(word for word in words if word not in CHAT_WORDS)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary.index("<s>"))]
     )
@@ -109,11 +107,12 @@ def build_llava(
         initializer_range=0.05,
         **ids,
     )
+    side = cast(int, vision.image_size) // cast(int, vision.patch_size)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
+        image_seq_length=side**2,
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

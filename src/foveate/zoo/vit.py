@@ -6,6 +6,8 @@ transformers `CLIPVisionModel` (`to_clip`). timm is an optional extra: this modu
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
@@ -63,7 +65,8 @@ class SceneTransformer(VisionTransformer):
 
 def to_clip(model: SceneTransformer) -> CLIPVisionModel:
     """The same tower as a transformers model: equal hidden states after every layer, the heads left out."""
-    width, blocks = model.embed_dim, model.blocks
+    width = model.embed_dim
+    blocks: Any = model.blocks
     config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=blocks[0].mlp.fc1.out_features,
@@ -72,7 +75,7 @@ def to_clip(model: SceneTransformer) -> CLIPVisionModel:
         image_size=model.patch_embed.img_size[0],
         patch_size=model.patch_embed.patch_size[0],
         hidden_act="quick_gelu",
-        layer_norm_eps=model.norm.eps,
+        layer_norm_eps=float(cast(Any, model.norm).eps),
         projection_dim=width,
     )
     clip = CLIPVisionModel(config)
@@ -97,8 +100,6 @@ def to_clip(model: SceneTransformer) -> CLIPVisionModel:
             state[f"{target}.{kind}"] = source[f"{origin}.{kind}"]
     wanted = {key for key in clip.state_dict() if "position_ids" not in key}
     if wanted != set(state):
-        raise RuntimeError(
-            f"transformers' CLIPVisionModel has other weights: {sorted(wanted ^ set(state))[:4]}"
-        )
+        raise RuntimeError(f"transformers' CLIPVisionModel has other weights: {sorted(wanted ^ set(state))[:4]}")
     clip.load_state_dict({key: torch.clone(value) for key, value in state.items()}, strict=False)
     return clip.to(source["cls_token"].dtype).eval()
