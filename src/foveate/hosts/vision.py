@@ -250,7 +250,8 @@ class Encoder:
         if valid is None:
             return None
         if self.timm:
-            return args, {**kwargs, "attn_mask": valid[:, None, None, :]}
+            # timm may leave the class and register tokens out of the pooling.
+            return args, {**kwargs, "attn_mask": valid[:, None, None, -args[0].shape[1] :]}
         return args, {**kwargs, "key_padding_mask": ~valid}
 
 
