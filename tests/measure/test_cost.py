@@ -30,7 +30,7 @@ def test_fused_attention_counts(device: str, causal: bool) -> None:
 
 
 def _prefill_flops(visual: int, text: int, crop: int = 36) -> int:
-    """Closed form of `stand_in.tiny`: patches, tower with class token, projector, language model, one row of the head."""
+    """Closed form for `stand_in.tiny`: patches, tower, projector, language model, one row of the head."""
 
     def layer(n: int, d: int = 32, m: int = 64, mlp: int = 2) -> int:
         return 2 * n * (4 * d * d + mlp * d * m) + 4 * n * n * d

@@ -145,8 +145,8 @@ class Architecture:
         feature = self.settings.get("vision_feature_layer", -2)
         strategy = self.settings.get("vision_feature_select_strategy", "default")
         config = LlavaConfig(
-            text_config=narrow_text, vision_config=narrow_vision, image_token_id=_PLACEHOLDER,
-            vision_feature_layer=feature, vision_feature_select_strategy=strategy,
+            text_config=narrow_text, vision_config=narrow_vision, vision_feature_layer=feature,
+            vision_feature_select_strategy=strategy, **{"image_token_id": _PLACEHOLDER},
         )  # fmt: skip
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
@@ -161,30 +161,57 @@ class Architecture:
 
 
 _CLIP_L_336: dict[str, Any] = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
-    "patch_size": 14, "projection_dim": 768,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 _VICUNA_7B: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
     "vocab_size": 32064,
-}  # fmt: skip
+}
 _VICUNA_13B: dict[str, Any] = {
-    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
     "vocab_size": 32064,
-}  # fmt: skip
+}
 _LLAMA3_8B: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128320, "rope_theta": 500000.0,
-}  # fmt: skip
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128320,
+    "rope_theta": 500000.0,
+}
 _QWEN2_7B: dict[str, Any] = {
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
     "vocab_size": 152064,
-}  # fmt: skip
+}
 _SIGLIP_SO400M: dict[str, Any] = {
     # The checkpoint's 27th layer is left out: the model uses the output of the 26th.
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384,
-    "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 
 
 def _vlm(name: str, parameters: int, source: str, text: dict[str, Any], kind: str = "Llava") -> Architecture:

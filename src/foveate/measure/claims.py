@@ -1,13 +1,13 @@
 """Checking every `Claim` of every method: what is counted here, against the figure that was printed.
 
-How many visual tokens each layer of the language model sees is read from a real run of the method on a narrow twin of
-the architecture (same depth, same numbers of tokens; see `hosts/architectures.py`). Costs follow from those and the
-exact shapes:
+How many visual tokens each layer of the language model sees is read from a real run of the method on a narrow twin
+of the architecture (same depth, same numbers of tokens; see `hosts/architectures.py`). Costs follow from those and
+the exact shapes:
 
 * `visual-macs`: multiply-adds of the exact decoder layer at that many tokens, visual tokens only, counted on the meta
   device, summed over layers. The convention of FastV, PyramidDrop and most others.
-* `llm-viewer`: the formula of LLM-Viewer (2 FLOPs a multiply-add; softmax, norms, residuals, activations too), visual and
-  text tokens.
+* `llm-viewer`: the formula of LLM-Viewer (2 FLOPs a multiply-add; softmax, norms, residuals, activations too), for
+  visual and text tokens.
 * `llm-viewer-charged`: the same on `method.charged_tokens`, where the authors' script charges other numbers than run;
   the run has to be the charged numbers one layer later.
 * `projector-macs`: multiply-adds of the exact projector at the number of tokens that leave the encoder.
@@ -123,7 +123,7 @@ def _flops(claim: Claim, method: Method, shape: Architecture, ran: Ran) -> float
         return float(sum(_layer_macs(shape.name, n) for n in ran.visual))
     if claim.counting == "projector-macs":
         projector = shape.build_projector()
-        features = torch.empty(ran.projected, projector[0].in_features, device="meta")
+        features = torch.empty(ran.projected, shape.vision["hidden_size"], device="meta")
         return count_flops(lambda: projector(features)) / 2
     if claim.counting == "llm-viewer":
         return llm_viewer([n + claim.text for n in ran.visual], shape)
