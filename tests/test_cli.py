@@ -200,15 +200,17 @@ def test_interruption_keeps_earlier_results_and_rows_so_far(tmp_path: Path) -> N
 
 
 _INTERRUPTED = """
-import os, signal
+import importlib, os, signal
 from foveate import cli
-import foveate.measure.compare as measure
-real = measure._Bench.row
-def row(self, entry, budget):
-    if entry == "random" and budget == 0.25:
-        os.kill(os.getpid(), signal.SIGINT)
-    return real(self, entry, budget)
-measure._Bench.row = row
+module = importlib.import_module("foveate.measure.compare")
+real = module.compare
+def compare(*args, on_row, **kwargs):
+    def noting(row):
+        on_row(row)
+        if row.method == "random":
+            os.kill(os.getpid(), signal.SIGINT)
+    return real(*args, on_row=noting, **kwargs)
+module.compare = compare
 cli.main()
 """
 

@@ -20,7 +20,7 @@ MAX_TOTAL_PIXELS = 1_000_000_000
 MAX_JSONL_BYTES = 256 * 2**20
 
 # Only formats that Pillow decodes itself: it would hand EPS to Ghostscript.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _FIELDS = ("image", "prompt", "question", "answer", "type", "id")
 
 
@@ -32,6 +32,8 @@ def read_image(path: str | Path) -> Image.Image:
             floating-point pixels that are NaN, infinite or outside 0..255.
     """
     path = _file(path, "picture")
+    # Pillow knows a few formats from the start and loads the others when it fails, but not where formats are named.
+    Image.init()
     try:
         # A bomb warning means more pixels than MAX_PIXELS; the check below words it better.
         with warnings.catch_warnings():
