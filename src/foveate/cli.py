@@ -163,6 +163,7 @@ def _run_comparison(
     from foveate.measure.compare import compare as measure
     from foveate.report.html import report_html
     from foveate.report.table import comparison_table
+    from foveate.report.wording import reason
     from foveate.report.write import write_files
 
     console = _console()
@@ -204,7 +205,7 @@ def _run_comparison(
     (out / _PARTIAL).unlink(missing_ok=True)
     console.print(comparison_table(comparison))
     console.print()
-    console.print(Text(f"Choice: {comparison.why}", style="bold"))
+    console.print(Text(f"Choice: {reason(comparison)}", style="bold"))
     console.print(f"[bright_black]{escape(str(out / 'report.html'))} · {escape(str(out / 'comparison.json'))}[/]")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from foveate.method import registry
 from foveate.report.overlay import SIDE, draw_overlay
 from foveate.report.plot import plot_svg
-from foveate.report.wording import LEGEND, cells, is_choice, number, sections, shown_columns
+from foveate.report.wording import LEGEND, cells, is_choice, number, reason, sections, shown_columns
 
 if TYPE_CHECKING:
     from foveate.measure.compare import Comparison, Row
@@ -43,7 +43,7 @@ def report_html(
         prompt=prompt,
         samples=comparison.samples,
         environment=_flat({name: value for name, value in comparison.environment.items() if name != "command"}),
-        why=comparison.why,
+        why=reason(comparison),
         chosen=None if chosen is None else cells(chosen),
         plot=Markup(plot_svg(comparison)),  # our own drawing; matplotlib escapes the names in it
         columns=columns,
