@@ -24,6 +24,8 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    # Whatever terminal, or none, the tests are started from: a table as wide as it wants to be.
+    monkeypatch.setenv("COLUMNS", "180")
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -201,6 +203,8 @@ def test_interruption_keeps_earlier_results_and_rows_so_far(tmp_path: Path) -> N
 
 _INTERRUPTED = """
 import importlib, os, signal
+# A process started in the background of a script ignores Ctrl-C, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from foveate import cli
 module = importlib.import_module("foveate.measure.compare")
 real = module.compare
