@@ -118,6 +118,7 @@ class HostShape:
         prefix: class and register tokens before the patches.
         grid: (rows, columns) of patches of one crop at the encoder's native resolution.
         llm_layers: depth of the language model, 0 if there is none.
+        class_token: whether the first of the prefix is a class token (SigLIP has no prefix, some ViTs only registers).
     """
 
     family: str
@@ -127,6 +128,7 @@ class HostShape:
     prefix: int
     grid: tuple[int, int]
     llm_layers: int = 0
+    class_token: bool = True
 
 
 class Signals(Protocol):

@@ -167,6 +167,7 @@ class LlavaHost(Host):
             prefix=self.encoder.prefix,
             grid=self.encoder.native,
             llm_layers=self.depth,
+            class_token=self.encoder.class_token,
         )
         self.crops: Tokens | None = None
         self.sequence: Sequence | None = None

@@ -304,8 +304,9 @@ class VisionHost(Host):
         family = "timm" if self.encoder.timm else "hf-vision"
         last = self.encoder.layers - 1
         self.shape = HostShape(
-            family, self.encoder.stages, self.encoder.layers, last, self.encoder.prefix, self.encoder.native
-        )
+            family, self.encoder.stages, self.encoder.layers, last, self.encoder.prefix, self.encoder.native,
+            class_token=self.encoder.class_token,
+        )  # fmt: skip
 
     def hook(self) -> None:
         reads = {

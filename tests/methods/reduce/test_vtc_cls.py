@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.method import InputError
+from foveate.method import InputError, Method
+from foveate.methods.reduce.fopru import FoPru
 from foveate.methods.reduce.vtc_cls import VtcCls
 from reference import eager_vision, kept, top
 from stub import HOST, numbered, numbers, plain_attention, stage
-from tiny import prompt, vlm
+from tiny import prompt, vision, vlm
 
 
 def layers_of(*scores: Tensor) -> dict[int, Tensor]:
@@ -167,6 +168,17 @@ def test_without_a_class_token_the_patches_are_scored_by_what_they_receive() -> 
     expected = [top(row, 6) for row in dense.mean((1, 2))]
     tokens = numbered(2)
     host = stage(tokens).host
-    bare = type(host)(host.family, (), 24, 22, 0, (4, 4), 32)
+    bare = type(host)(host.family, (), 24, 22, 0, (4, 4), 32, class_token=False)
     method = VtcCls(tokens=6, layers=1)
     assert numbers(method.prune(tokens, stage(tokens, host=bare, attention={22: attention}))) == expected
+
+
+@pytest.mark.parametrize("method", [VtcCls(layers=2, keep=0.5), FoPru(keep=0.5)])
+@torch.no_grad()
+def test_registers_are_not_taken_for_a_class_token(method: Method) -> None:
+    model = vision("timm-reg-avg", class_token=False)
+    with foveate.apply(model, method) as applied:
+        model(torch.randn(2, 3, 16, 16))
+        assert applied.host.shape.prefix == 3 and applied.trace[0].tokens_out == (8, 8)
+    with pytest.raises(InputError, match="no class token"):
+        foveate.apply(model, FoPru(queries="class"))

@@ -101,7 +101,7 @@ class FoPru(Method):
     def check(self, host: HostShape) -> None:
         if self.layer is not None:
             at_depth("layer", self.layer, host.vision_layers)
-        if self.queries == "class" and host.prefix == 0:
+        if self.queries == "class" and not host.class_token:
             raise InputError("queries='class': this vision encoder has no class token; use 'all' or 'patches'")
 
     @at("vision.output")
