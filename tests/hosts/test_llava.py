@@ -271,6 +271,17 @@ def test_samples_that_keep_different_numbers(host: str, stage: str, layer: int) 
             assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
 
 
+def test_a_sequence_that_is_laid_anew_without_getting_shorter() -> None:
+    """The longest sample has no picture, so that dropping changes where the others stand and not how many slots."""
+    model = vlm()
+    inputs = prompt(model, [(2, 5), (30,)], padding="right")
+    alone = single(model, inputs, 0)
+    for stage in ("projector", "llm.layer"):
+        with foveate.apply(model, probe(stage, odd, layer=1 if stage == "llm.layer" else -1)):
+            together = logits(model, inputs)
+            assert torch.allclose(together[0, :23], logits(model, alone)[0], atol=1e-4)
+
+
 # -- training
 
 

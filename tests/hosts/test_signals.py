@@ -239,6 +239,22 @@ def test_in_training_the_positions_before_the_answers_ask() -> None:
         assert close(answers[0][b], full[b].mean(0)[askers][:, where].mean(0))
 
 
+def test_without_cache_the_signals_are_those_of_the_prompt() -> None:
+    model = vlm()
+    inputs = prompt(model, [(2, 5), (0, 3, 6)])
+
+    def ask(at: Stage) -> tuple[Tensor, ...]:
+        attention = at.signals.attention(0)
+        return at.signals.text_embeddings(), at.signals.text_to_vision(1), attention.received()
+
+    method, answers = asking("llm.layer", ask, layer=1, reads=("llm.attention[0]",))
+    with foveate.apply(model, method):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert len(answers) == 3
+    for later in answers[1:]:
+        assert all(close(one, first) for one, first in zip(later, answers[0], strict=True))
+
+
 def test_signals_of_the_other_half_are_refused() -> None:
     model = vlm()
     inputs = prompt(model, [(2, 5)])
