@@ -6,6 +6,7 @@ other exception is a bug and keeps its traceback. What is slow to import is impo
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import inspect
@@ -465,9 +466,9 @@ def train(
     name: Annotated[str, typer.Argument(help="What to train: tiny-llava, tiny-vit.")],
     out: Annotated[Path | None, typer.Option(help="Folder for weights, metrics and checkpoints [runs/NAME].")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's by default.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures a step; the recipe's by default.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Greatest learning rate; the recipe's by default.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe; may be repeated.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier progress in the folder.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny model and few steps: does everything work?")] = False,
 ) -> None:
@@ -479,9 +480,18 @@ def train(
     if name not in recipes.names():
         raise InputError(f"nothing to train is called {name!r}; {did_you_mean(name, recipes.names())}")
     folder = check_folder(Path("runs") / name if out is None else out)
-    given = {"steps": steps, "batch": batch, "lr": lr}
-    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides = dict(_setting(text) for text in settings or ())
     recipes.run(name, out=folder, seed=seed, resume=not fresh, smoke=smoke, **overrides)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set wants NAME=VALUE, not {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a bare word is a string
 
 
 if __name__ == "__main__":

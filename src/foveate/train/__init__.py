@@ -1,4 +1,4 @@
-"""Training the zoo: `run(name, out=…)`, or `python -m foveate.train NAME --out DIR`."""
+"""Training the zoo: `run(name, out=…)`, or `foveate train NAME --out DIR`."""
 
 from __future__ import annotations
 

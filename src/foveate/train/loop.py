@@ -1,7 +1,7 @@
 """One training loop for everything that is trained here.
 
 A recipe says what is trained, on which data and with which loss; this loop does the rest: learning-rate schedule,
-clipping, progress, log, checkpoints, resuming, several processes (`accelerate launch -m foveate.train …`).
+clipping, progress, log, checkpoints, resuming, several processes (`accelerate launch -m foveate.cli train …`).
 
 Resuming gives the same numbers as never having stopped, because nothing depends on history but the weights and the
 optimizer's moments, which are saved: the batch is a function of (seed, step), and so is every random number.
@@ -235,7 +235,7 @@ def train(
     evaluated = time.monotonic()
     metrics: dict[str, Any] = {"name": recipe.name, **recipe.evaluate()}
     metrics["training"] = {
-        "command": shlex.join(["python", "-m", "foveate.train", *sys.argv[1:]]),
+        "command": shlex.join(["foveate", *sys.argv[1:]]),
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "processes": accelerator.num_processes,

@@ -39,11 +39,12 @@ from foveate.train.tiny_vit import TinyVit, normalised
 PREFIX = "USER: <image>"
 _EMBEDDING_NORM = 1.0
 _NO_LABEL = -100
+_ZOO = "zoo"
 
 
 @dataclasses.dataclass(frozen=True)
 class TinyLlavaSettings(Settings):
-    """`tower`: folder of a trained tiny-vit; "" takes the zoo's, or trains one first where there is none.
+    """`tower`: folder of a trained tiny-vit, or "zoo"; "" takes the zoo's, or trains one first where there is none.
 
     `layers`, `width`, `heads`, `intermediate`: of the language model; `width` must be the tower's.
     `box_weight`: of the boxes' loss, which counts from step `box_from` on.
@@ -87,12 +88,12 @@ class TinyLlava(Recipe):
     def prepare(cls, settings: Settings, seed: int, out: Path) -> Settings:
         """Finds the tower, or trains it into `out`/tower: with this width, and in a smoke run as quickly."""
         assert isinstance(settings, TinyLlavaSettings)
-        if settings.tower:
+        if settings.tower not in ("", _ZOO):
             if not (Path(settings.tower) / "model.safetensors").is_file():
                 raise InputError(f"tower: there is no model.safetensors in {settings.tower}")
             return settings
         if "tiny-vit" in zoo.names() and _width(zoo.path("tiny-vit")) == settings.width:
-            return dataclasses.replace(settings, tower=str(zoo.path("tiny-vit")))
+            return dataclasses.replace(settings, tower=_ZOO)
         quick = TinyVit.smoke if settings.steps <= cls.smoke["steps"] else {}
         if not (out / "tower" / "metrics.json").is_file():
             train(TinyVit, out=out / "tower", seed=seed, **(quick | {"width": settings.width}))
@@ -103,7 +104,8 @@ class TinyLlava(Recipe):
         from foveate.zoo.vit import to_clip
 
         self.settings = settings
-        vit = zoo.load_folder(settings.tower)
+        # "zoo" and not its path: the settings are written down, and that path is of one machine.
+        vit = zoo.load("tiny-vit") if settings.tower == _ZOO else zoo.load_folder(settings.tower)
         if vit.embed_dim != settings.width:
             raise InputError(f"width must be the tower's {vit.embed_dim}, not {settings.width}")
         clip = to_clip(vit)
