@@ -21,13 +21,14 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor
-
+# Nothing here computes: what a method is can be told without loading torch.
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from foveate.nn.attention import Attention
 
 KINDS = ("reduce", "connect", "tokenize", "image", "video", "decode", "diffuse", "guide", "learn", "probe", "sequence")
@@ -36,11 +37,15 @@ STAGES = {
     "vision.pixels": "the picture (B, 3, H, W) before the vision encoder",
     "vision.patches": "patch embeddings before the first encoder layer",
     "vision.layer": "the input of each encoder layer, 0-based",
+    "vision.mlp": "between the attention and the MLP of each encoder layer",
     "vision.output": "the encoder's features that the host uses, before the projector",
     "projector": "the projector's output",
     "llm.layer": "the input of each language-model layer, 0-based: layer s sees what s layers have made",
+    "llm.attention": "each call of a language-model layer's attention, decoding included",
+    "llm.mlp": "each call of a language-model layer's MLP that has visual tokens among its inputs",
+    "llm.decode": "the cache of each language-model layer, once, between prefill and decoding",
 }
-"""The places where tokens may change."""
+"""The places where tokens, or what is computed on them, may change."""
 
 
 class InputError(ValueError):
@@ -86,11 +91,14 @@ class Claim:
         figure: the figure to compare with.
         tolerance: relative.
         source: where the figure stands ("Table 3"), or "card" where it was counted for the paper's card.
-        architecture: a name of `foveate.hosts.architectures`; "" for "value".
+        architecture: a name of `foveate.hosts.architectures`; "" for "value" and with `model`.
         settings: the method's arguments.
+        model, inputs: for what is counted on a whole model of the method's own instead of an architecture: functions
+            that build it and its forward's arguments; both are called under the meta device.
         counting: for "flops", the convention: see `foveate.measure.claims`.
         visual, text: tokens of the prompt.
-        value: for "value", a function of the method that returns our figure.
+        value: for "value", a function that returns our figure, of the method with `settings`; for kinds that are not
+            applied to a model, of the class.
     """
 
     what: str
@@ -104,6 +112,31 @@ class Claim:
     visual: int = 576
     text: int = 0
     value: Callable[[Any], float] | None = None
+    model: Callable[[], nn.Module] | None = None
+    inputs: Callable[[], Sequence[Any]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """Which rows of the batch at a vision stage belong to one picture.
+
+    LLaVA-1.5 makes one row of a picture. Any-resolution models (LLaVA-NeXT, OneVision) make a thumbnail, first, and a
+    grid of crops of a larger version of the picture, row by row, whose padding is cut off afterwards.
+
+    Attributes:
+        rows: the rows of the batch.
+        grid: (rows, columns) of crops, (0, 0) where there is a single row.
+        packed: (rows of the batch, M) bool, patches that the model will use; False for a crop's padding.
+    """
+
+    rows: slice
+    grid: tuple[int, int]
+    packed: Tensor
+
+    @property
+    def single(self) -> bool:
+        """Whether the picture is one row: no thumbnail, no crops."""
+        return self.grid == (0, 0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +183,24 @@ class Signals(Protocol):
         before a supervised answer, averaged.
         """
 
+    def received(self, layer: int) -> Tensor:
+        """(B, N) attention that each token receives from all others in an encoder layer that has run, mean over heads.
+
+        The substitute for `cls_attention` without a class token. A token of several patches gets their mean.
+        """
+
+    def states(self) -> Tensor:
+        """(B, S, D) what enters the language-model layer about to run: text and visual tokens."""
+
+    def slots(self) -> Tensor:
+        """(B, N) where in `states` each visual token stands, -1 for padding."""
+
+    def prompt(self) -> Tensor:
+        """(B, S) bool: which of `states` are tokens of the prompt, not padding and not generated."""
+
+    def crops(self) -> tuple[Crops, ...]:
+        """The pictures at a vision stage, in order. Each row of the batch belongs to one."""
+
     def text_embeddings(self) -> Tensor:
         """(B, T, D) input embeddings of the prompt's text tokens, zero where a prompt is shorter."""
 
@@ -168,6 +219,10 @@ class Stage:
         signals: see `Signals`.
         entered: (B,) long, tokens of each sample when they entered this part of the host (encoder, language model).
         active: (B,) bool, False for samples that the method has to leave alone (training without a supervised answer).
+        marks: what a method notes at a vision stage of each source patch, name -> (rows, M), for the language model's
+            stages: there they are (B, M) float for all source patches of a sample, 0 where a token is no patch.
+        memory: what methods note during a prefill for decoding. It rides on the cache, so that each conversation has
+            its own. Keep there what cannot be had again, by your own keys.
     """
 
     name: str
@@ -176,6 +231,8 @@ class Stage:
     signals: Signals
     entered: Tensor
     active: Tensor
+    marks: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -189,7 +246,9 @@ _H = TypeVar("_H", bound=Callable[..., Any])
 def at(stage: str) -> Callable[[_H], _H]:
     """Marks a method of a `Method` as the handler of a stage: `(tokens, at) -> Tokens`.
 
-    At "vision.pixels" the handler gets and returns pixels (B, 3, H, W) instead.
+    Others are handed something else at four stages: at "vision.pixels" pixels (B, 3, H, W), returning such; at
+    "llm.attention" an `AttentionCall` and at "llm.mlp" an `MlpCall` (`foveate.nn.calls`), returning the output; at
+    "llm.decode" the tokens that the layer's cache holds, without features, returning those that stay.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
@@ -201,14 +260,24 @@ def at(stage: str) -> Callable[[_H], _H]:
     return mark
 
 
-class Method:
-    """Base of all methods. Subclasses set `card`, check keyword-only hyperparameters and mark handlers with `@at`."""
+class Published:
+    """Whatever comes from a paper: it has a card, and claims that can be checked. Other kinds than `Method` derive
+    from this class and from what they are: a backbone from `nn.Module` too, an objective from whatever it likes."""
 
     card: ClassVar[Card]
     claims: ClassVar[tuple[Claim, ...]] = ()
+
+
+class Method(Published):
+    """Base of what `foveate.apply` puts to work on a model. Subclasses check keyword-only hyperparameters and mark
+    handlers with `@at`."""
+
     renumbers: ClassVar[bool] = True
-    """Whether tokens that are kept at "llm.layer" get consecutive positions from there on; False keeps those they
-    entered with. What enters the language model is always numbered consecutively: it is an ordinary, shorter prompt."""
+    """Whether tokens that are kept at "llm.layer" (and "llm.decode") get consecutive positions from there on; False
+    keeps those they entered with. What enters the language model is always numbered consecutively: it is an ordinary,
+    shorter prompt. Hosts whose positions have several axes (Qwen2-VL's time, row, column) always keep them."""
+    proportional: ClassVar[bool] = False
+    """Whether the encoder's attention counts a merged token as often as it has patches (ToMe's `+ log s`)."""
 
     @classmethod
     def handlers(cls) -> dict[str, str]:
@@ -249,12 +318,12 @@ class Method:
         return f"{type(self).__name__}({settings})"
 
 
-_REGISTRY: dict[str, type[Method]] = {}
-_M = TypeVar("_M", bound=type[Method])
+_REGISTRY: dict[str, type[Published]] = {}
+_P = TypeVar("_P", bound=type[Published])
 
 
-def register(cls: _M) -> _M:
-    """Enters a method class into the registry under its card's slug. Raises ValueError for a bad or taken slug."""
+def register(cls: _P) -> _P:
+    """Enters a class into the registry under its card's slug. Raises ValueError for a bad or taken slug."""
     slug = cls.card.slug
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug):
         raise ValueError(f"a slug is lower-case words joined by hyphens, not {slug!r}")
@@ -267,20 +336,33 @@ def register(cls: _M) -> _M:
     return cls
 
 
-def registry() -> dict[str, type[Method]]:
-    """slug -> class of every method, baselines first, then by name."""
+def published() -> dict[str, type[Published]]:
+    """slug -> class of everything that is registered, baselines first, then by name."""
     package = importlib.import_module("foveate.methods")
     for module in pkgutil.walk_packages(package.__path__, "foveate.methods."):
         importlib.import_module(module.name)
     return dict(sorted(_REGISTRY.items(), key=lambda item: (not item[1].card.baseline, item[0])))
 
 
-def method_class(slug: str) -> type[Method]:
+def registry() -> dict[str, type[Method]]:
+    """slug -> class of every method that `foveate.apply` takes, baselines first, then by name."""
+    return {slug: cls for slug, cls in published().items() if issubclass(cls, Method)}
+
+
+def published_class(slug: str) -> type[Published]:
     """The class registered under `slug`; InputError with the nearest names otherwise."""
-    known = registry()
+    known = published()
     if slug not in known:
         raise InputError(f"unknown method {slug!r}; {did_you_mean(slug, known)}")
     return known[slug]
+
+
+def method_class(slug: str) -> type[Method]:
+    """The method registered under `slug`; InputError for other names, and for what is not applied to a model."""
+    cls = published_class(slug)
+    if not issubclass(cls, Method):
+        raise InputError(f"{slug} is of kind {cls.card.kind}: not applied to a model; see `foveate methods {slug}`")
+    return cls
 
 
 def build(method: str | Method, settings: Mapping[str, Any] | None = None) -> Method:

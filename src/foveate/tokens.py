@@ -185,6 +185,21 @@ class Tokens:
         )
 
 
+def predecessors(before: Tokens, after: Tokens) -> Tensor:
+    """(B, K): for every token of `after`, the token of `before` that carries the first of its patches; -1 for none.
+
+    For tokens that were kept this is where they came from; for a merged one, the first of those merged.
+    """
+    batch, patches = after.source.shape
+    count = after.x.shape[1]
+    number = torch.arange(patches, device=after.source.device).expand(batch, -1)
+    first = number.new_full((batch, count + 1), patches)
+    first.scatter_reduce_(1, after.source % (count + 1), number, "amin")
+    first = first[:, :count]
+    holder = before.source.gather(1, first.clamp(max=max(patches - 1, 0)))
+    return torch.where(first < patches, holder, DROPPED)
+
+
 def compact(chosen: Tensor) -> Tensor:
     """Indices (B, K) of the True entries of `chosen` (B, N), ascending, -1 where a sample has fewer than K."""
     count = chosen.sum(1)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foveate.method import HostShape, InputError, Method, Signals, Stage
+from foveate.method import Crops, HostShape, InputError, Method, Signals, Stage
+from foveate.nn.attention import Attention
 from foveate.tokens import Tokens
 
 
@@ -49,6 +51,8 @@ class Host:
         self.model: Any = model
         self.plan: dict[str, Method] = {}
         self.trace: list[Record] = []
+        self.marks: dict[str, Tensor] = {}
+        self.memory: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, str, Any]] = []
 
@@ -97,19 +101,75 @@ class Host:
         # Prepended: hooks that were there before (transformers records hidden states with such) see our output.
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True, always_call=always))
 
-    def run(self, stage: str, layer: int, tokens: Tokens, signals: Signals, entered: Tensor, active: Tensor) -> Tokens:
-        """Lets the method of `stage` act on `tokens` and records what it did."""
-        method = self.plan[stage]
-        at = Stage(stage, layer, self.shape, signals, entered, active)
-        handler = getattr(method, method.handlers()[stage])
-        result: Tokens = handler(tokens, at)
+    def stage(self, name: str, layer: int, signals: Signals, entered: Tensor, active: Tensor | None = None) -> Stage:
+        """What a handler is told; all samples are active if `active` is None."""
+        if active is None:
+            active = torch.ones_like(entered, dtype=torch.bool)
+        return Stage(name, layer, self.shape, signals, entered, active, self.marks, self.memory)
+
+    def call(self, at: Stage, given: Any) -> Any:
+        """What the method of a stage makes of what it is handed there."""
+        method = self.plan[at.name]
+        return getattr(method, method.handlers()[at.name])(given, at)
+
+    def run(self, at: Stage, tokens: Tokens) -> Tokens:
+        """Lets the method of a stage act on `tokens` and records what it did."""
+        result: Tokens = self.call(at, tokens)
         if result is not tokens:
-            self.record(at.label, method.card.slug, tokens, result)
+            self.record(at.label, self.plan[at.name].card.slug, tokens, result)
         return result
 
     def record(self, label: str, slug: str, before: Tokens, after: Tokens) -> None:
         tokens_in, tokens_out = before.count.tolist(), after.count.tolist()
         self.trace.append(Record(label, slug, tuple(tokens_in), tuple(tokens_out), after.source.detach()))
+
+
+class NoSignals:
+    """Base of the signals (see `foveate.method.Signals`): an InputError for each that a place does not have."""
+
+    where: str
+
+    def _none(self, name: str) -> InputError:
+        return InputError(f"{name} is not a signal of {self.where}")
+
+    def attention(self, layer: int) -> Attention:
+        raise self._none("attention")
+
+    def cls_attention(self, layer: int) -> Tensor:
+        raise self._none("cls_attention")
+
+    def received(self, layer: int) -> Tensor:
+        raise self._none("received")
+
+    def keys(self, layer: int) -> Tensor:
+        raise self._none("keys")
+
+    def text_to_vision(self, layer: int) -> Tensor:
+        raise self._none("text_to_vision")
+
+    def states(self) -> Tensor:
+        raise self._none("states")
+
+    def slots(self) -> Tensor:
+        raise self._none("slots")
+
+    def prompt(self) -> Tensor:
+        raise self._none("prompt")
+
+    def crops(self) -> tuple[Crops, ...]:
+        raise self._none("crops")
+
+    def text_embeddings(self) -> Tensor:
+        raise self._none("text_embeddings")
+
+    def grid(self) -> tuple[int, int]:
+        raise self._none("grid")
+
+
+def split_read(name: str) -> tuple[str, int]:
+    """("vision", 22) from "vision.attention[22]"."""
+    kind, _, rest = name.partition(".attention[")
+    return kind, int(rest.rstrip("]"))
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

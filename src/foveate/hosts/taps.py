@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,13 @@ _NAME = "foveate"
 
 @dataclass(eq=False)
 class Tap:
-    """What one attention layer computed in its last forward: query (B, H, S, D), key (B, G, S, D), scaling."""
+    """What one attention layer computed in its last forward: query (B, H, S, D), key (B, G, S, D), scaling.
 
+    `around`, if there is one, makes the layer's output: (query, key, value, mask, scaling, function) -> (B, R, H, D),
+    where `function(query, key, value, mask)` is what the model itself would do.
+    """
+
+    around: Callable[..., Tensor] | None = None
     implementation: str = ""
     query: Tensor | None = None
     key: Tensor | None = None
@@ -52,15 +58,22 @@ def _tapped(
     # Eager attention is not in the interface: each modeling file has its own.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(tap.implementation, eager)
-    return function(module, query, key, value, attention_mask, **kwargs)
+    if tap.around is None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    def own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output: Tensor = function(module, query, key, value, mask, **kwargs)[0]
+        return output
+
+    return tap.around(query, key, value, attention_mask, tap.scaling, own), None
 
 
 AttentionInterface.register(_NAME, _tapped)
 
 
-def tap_transformers(host: Host, attention: nn.Module) -> Tap:
+def tap_transformers(host: Host, attention: nn.Module, around: Callable[..., Tensor] | None = None) -> Tap:
     """A tap on an attention module of transformers; comes off with the host's other hooks."""
-    tap = _TAPS[attention] = Tap()
+    tap = _TAPS[attention] = Tap(around)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         config: Any = module.config

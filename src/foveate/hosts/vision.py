@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
-from foveate.hosts.host import Host, named
+from foveate.hosts.host import Host, NoSignals, named, split_read
 from foveate.hosts.taps import Tap, tap_timm, tap_transformers
-from foveate.method import HostShape, InputError, Method, Stage
+from foveate.method import Crops, HostShape, InputError, Method
 from foveate.nn.attention import Attention
-from foveate.tokens import DROPPED, Tokens
+from foveate.tokens import Tokens, predecessors
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class _Anatomy:
 
     layers: str
     attention: str
+    norm: str
+    """The norm before the MLP."""
+    branch: str
+    """The module whose output is added to the residual stream after the MLP."""
     final: str
     """The module whose output is the encoder's last hidden state."""
     pool: str = ""
@@ -34,30 +38,17 @@ class _Anatomy:
 
 
 _ANATOMY = {
-    "ViTModel": _Anatomy("layers", "attention", "layernorm"),
-    "CLIPVisionModel": _Anatomy("encoder.layers", "self_attn", "encoder.layers.-1"),
-    "SiglipVisionModel": _Anatomy("encoder.layers", "self_attn", "post_layernorm", "head.attention"),
-    "Dinov2Model": _Anatomy("encoder.layer", "attention", "layernorm"),
-    "Dinov2WithRegistersModel": _Anatomy("encoder.layer", "attention", "layernorm"),
-    "VisionTransformer": _Anatomy("blocks", "attn", "norm", "attn_pool"),
-    "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm", "attn_pool"),
+    "ViTModel": _Anatomy("layers", "attention", "layernorm_after", "mlp", "layernorm"),
+    "CLIPVisionModel": _Anatomy("encoder.layers", "self_attn", "layer_norm2", "mlp", "encoder.layers.-1"),
+    "SiglipVisionModel": _Anatomy(
+        "encoder.layers", "self_attn", "layer_norm2", "mlp", "post_layernorm", "head.attention"
+    ),
+    "Dinov2Model": _Anatomy("encoder.layer", "attention", "norm2", "layer_scale2", "layernorm"),
+    "Dinov2WithRegistersModel": _Anatomy("encoder.layer", "attention", "norm2", "layer_scale2", "layernorm"),
+    "VisionTransformer": _Anatomy("blocks", "attn", "norm2", "drop_path2", "norm", "attn_pool"),
+    "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm2", "drop_path2", "norm", "attn_pool"),
 }
 _NO_CLASS_TOKEN = ("SiglipVisionModel",)
-
-
-def predecessors(before: Tokens, after: Tokens) -> Tensor:
-    """(B, K): for every token of `after`, the token of `before` that carries the first of its patches; -1 for none.
-
-    For tokens that were kept this is where they came from; for a merged one, the first of those merged.
-    """
-    batch, patches = after.source.shape
-    count = after.x.shape[1]
-    number = torch.arange(patches, device=after.source.device).expand(batch, -1)
-    first = number.new_full((batch, count + 1), patches)
-    first.scatter_reduce_(1, after.source % (count + 1), number, "amin")
-    first = first[:, :count]
-    holder = before.source.gather(1, first.clamp(max=max(patches - 1, 0)))
-    return torch.where(first < patches, holder, DROPPED)
 
 
 class Encoder:
@@ -69,6 +60,7 @@ class Encoder:
         class_token: whether the first of them is a class token.
         native: (rows, columns) of patches at the configured resolution.
         source_grid, grid: those of the picture that came in, and of what is left of it after "vision.pixels".
+        pictures: which rows belong together, None where each row is a picture; the host sets it before a forward.
     """
 
     def __init__(self, host: Host, tower: Any) -> None:
@@ -96,7 +88,13 @@ class Encoder:
             self.native = (height // self.patch[0], width // self.patch[1])
         self.grid: tuple[int, int] = self.native
         self.taps: dict[int, Tap] = {}
-        self._steps: list[tuple[int, Tokens]] = []
+        self.pictures: tuple[Crops, ...] | None = None
+        # (l, tokens) when they entered layer l, (l + 0.5, tokens) when they left its attention.
+        self._steps: list[tuple[float, Tokens]] = []
+        self._anatomy = anatomy
+        # Between a layer's norm and its end: what it ran its MLP on, and the MLP's output.
+        self._merged: Tensor | None = None
+        self._branch: Tensor | None = None
         self.source_grid: tuple[int, int] = self.native
         self._resized: Method | None = None
 
@@ -107,7 +105,8 @@ class Encoder:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return (*(("vision.pixels",) if self.resizable else ()), "vision.patches", "vision.layer", "vision.output")
+        pixels = ("vision.pixels",) if self.resizable else ()
+        return (*pixels, "vision.patches", "vision.layer", "vision.mlp", "vision.output")
 
     def hook(self, reads: set[int]) -> None:
         """Registers what the host's plan needs; `reads` are the layers whose attention is asked for."""
@@ -119,23 +118,32 @@ class Encoder:
         for index in sorted(reads):
             tap = tap_timm if self.timm else tap_transformers
             self.taps[index] = tap(host, self.attentions[index])
-        if {"vision.patches", "vision.layer"} & plan.keys():
+        if "vision.mlp" in plan:
+            for index, block in enumerate(self.blocks):
+                host.pre(block.get_submodule(self._anatomy.norm), self._before_mlp(index))
+                host.post(block.get_submodule(self._anatomy.branch), self._after_mlp)
+                host.post(block, self._after_block)
+        if {"vision.patches", "vision.layer", "vision.mlp"} & plan.keys():
             for index, attention in enumerate(self.attentions):
                 host.pre(attention, self._mask_hook(index))
         if self.pool is not None:
             host.pre(self.pool, self._mask_pool)
 
+    def during(self, layer: float) -> Tokens:
+        """The tokens in the attention of a layer, without features: x is (B, N, 0)."""
+        return [tokens for step, tokens in self._steps if step <= layer][-1]
+
     def after(self, layer: int) -> Tokens:
         """The tokens at the output of a layer, without features: x is (B, N, 0)."""
-        return [tokens for step, tokens in self._steps if step <= layer][-1]
+        return self.during(layer + 0.5)
 
     def settle(self, tokens: Tokens) -> None:
         """Notes what the tokens became at the encoder's output."""
         self._note(self.layers, tokens)
 
-    def _note(self, layer: int, tokens: Tokens) -> None:
+    def _note(self, step: float, tokens: Tokens) -> None:
         # Without features: they would keep activations and their graph alive until the next forward.
-        self._steps.append((layer, tokens.with_x(tokens.x.detach()[..., :0])))
+        self._steps.append((step, tokens.with_x(tokens.x.detach()[..., :0])))
 
     def clear(self) -> None:
         """Lets go of the recorded queries and keys."""
@@ -147,13 +155,14 @@ class Encoder:
         key = "x" if self.timm else "pixel_values"
         pixels = arguments[key]
         self._steps = []
-        self._resized = None
+        self._resized = self._merged = self._branch = None
+        self.host.marks = {}
         self.source_grid = self.grid = self._grid_of(pixels)
         if "vision.pixels" not in self.host.plan:
             return None
         entered = torch.full((pixels.shape[0],), self.grid[0] * self.grid[1], device=pixels.device)
         method = self.host.plan["vision.pixels"]
-        changed = self._handle_pixels(method, pixels, entered)
+        changed = self._handle_pixels(pixels, entered)
         if changed is pixels:
             return None
         self._resized = method
@@ -166,10 +175,9 @@ class Encoder:
             arguments["interpolate_pos_encoding"] = True
         return (), arguments
 
-    def _handle_pixels(self, method: Method, pixels: Tensor, entered: Tensor) -> Tensor:
-        active = torch.ones_like(entered, dtype=torch.bool)
-        at = Stage("vision.pixels", -1, self.host.shape, VisionSignals(self, None), entered, active)
-        result: Tensor = getattr(method, method.handlers()["vision.pixels"])(pixels, at)
+    def _handle_pixels(self, pixels: Tensor, entered: Tensor) -> Tensor:
+        at = self.host.stage("vision.pixels", -1, VisionSignals(self, None), entered)
+        result: Tensor = self.host.call(at, pixels)
         return result
 
     def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
@@ -188,7 +196,7 @@ class Encoder:
                     whole = Tokens.from_grid(patches.new_zeros(len(patches), rows * columns, 0), (rows, columns))
                     self.host.record("vision.pixels", self._resized.card.slug, whole, tokens)
             else:
-                tokens = self.after(index).with_x(patches)
+                tokens = self.during(index).with_x(patches)
             result = tokens
             if index == 0 and "vision.patches" in plan:
                 result = self._run("vision.patches", -1, result)
@@ -218,32 +226,76 @@ class Encoder:
         return Tokens(patches, position, size, source)
 
     def _run(self, stage: str, layer: int, tokens: Tokens) -> Tokens:
-        signals = VisionSignals(self, tokens)
-        entered = self._steps[0][1].count
-        return self.host.run(stage, layer, tokens, signals, entered, torch.ones_like(entered, dtype=torch.bool))
+        at = self.host.stage(stage, layer, VisionSignals(self, tokens), self._steps[0][1].count)
+        return self.host.run(at, tokens)
+
+    # A layer is x + mlp(norm(x)) in one piece of the model's code, so that the stage between attention and MLP has to
+    # be had from outside: the MLP runs on fewer tokens, its output is withheld from the residual sum, which would not
+    # fit, and the layer's output becomes the sum of what it should have been.
+
+    def _before_mlp(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            tokens = self.during(index).with_x(hidden[:, self.prefix :])
+            result = self._run("vision.mlp", index, tokens)
+            if result is tokens:
+                return None
+            self._note(index + 0.5, result)
+            self._merged = torch.cat([hidden[:, : self.prefix], result.x], 1)
+            self._length = hidden.shape[1]
+            return ((self._merged, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self._merged})
+
+        return hook
+
+    def _after_mlp(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        if self._merged is None:
+            return None
+        self._branch = output
+        return output.new_zeros(1, 1, 1).expand(output.shape[0], self._length, output.shape[2])
+
+    def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._merged is None:
+            return None
+        assert self._branch is not None
+        hidden = self._merged + self._branch
+        self._merged = self._branch = None
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _mask_hook(self, index: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
-            valid = self.valid(index)
-            if valid is None:
+            valid, weight = self.valid(index), self._log_size(index)
+            if valid is None and weight is None:
                 return None
             arguments = named(module, args, kwargs)
-            if self.timm:
-                arguments["attn_mask"] = valid[:, None, None, :]
-                hidden = arguments.pop("x")
+            hidden = arguments.pop("x" if self.timm else "hidden_states")
+            if weight is not None:
+                weight = weight.to(hidden.dtype)
+                if valid is not None:
+                    weight = weight.masked_fill(~valid, torch.finfo(hidden.dtype).min)
+                arguments["attn_mask" if self.timm else "attention_mask"] = weight[:, None, None, :]
+            elif self.timm:
+                arguments["attn_mask"] = valid[:, None, None, :]  # type: ignore[index]
             else:
-                hidden = arguments.pop("hidden_states")
                 arguments["attention_mask"] = create_bidirectional_mask(self.tower.config, hidden, valid)
             return (hidden,), arguments
 
         return hook
 
     def valid(self, layer: int) -> Tensor | None:
-        """(B, prefix + N) bool: what can be seen in a layer; None for all."""
-        tokens = self.after(layer)
+        """(B, prefix + N) bool: what can be seen in a layer's attention; None for all."""
+        tokens = self.during(layer)
         if tokens.valid is None:
             return None
         return torch.cat([tokens.valid.new_ones(tokens.valid.shape[0], self.prefix), tokens.valid], 1)
+
+    def _log_size(self, layer: int) -> Tensor | None:
+        """(B, prefix + N): what a proportional method adds to a layer's logits; None for nothing."""
+        if not any(method.proportional for stage, method in self.host.plan.items() if stage.startswith("vision")):
+            return None
+        size = self.during(layer).size
+        if bool((size <= 1).all()):
+            return None
+        return nn.functional.pad(size.clamp(min=1).float().log(), (self.prefix, 0))
 
     def _mask_pool(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         valid = self.valid(self.layers)
@@ -255,8 +307,10 @@ class Encoder:
         return args, {**kwargs, "key_padding_mask": ~valid}
 
 
-class VisionSignals:
+class VisionSignals(NoSignals):
     """The signals of a vision encoder (see `foveate.method.Signals`)."""
+
+    where = "a vision encoder"
 
     def __init__(self, encoder: Encoder, tokens: Tokens | None) -> None:
         self._encoder, self._tokens = encoder, tokens
@@ -268,7 +322,7 @@ class VisionSignals:
         query, key, scaling = encoder.taps[layer].read()
         assert self._tokens is not None
         # Tokens may have been dropped since: look each up by the patch that it carries.
-        columns = predecessors(encoder.after(layer), self._tokens).clamp(min=0) + encoder.prefix
+        columns = predecessors(encoder.during(layer), self._tokens).clamp(min=0) + encoder.prefix
         valid = encoder.valid(layer)
         return Attention(query.detach(), key.detach(), scaling, False, valid, valid, columns)
 
@@ -277,18 +331,32 @@ class VisionSignals:
             raise InputError(f"{type(self._encoder.tower).__name__} has no class token")
         attention = self.attention(layer)
         row = attention.rows(attention.visual.new_zeros(attention.visual.shape[0], 1)).mean(1).squeeze(1)
-        return row.gather(1, attention.visual)
+        return self._of_tokens(row, layer)
+
+    def received(self, layer: int) -> Tensor:
+        return self._of_tokens(self.attention(layer).received(), layer)
+
+    def _of_tokens(self, score: Tensor, layer: int) -> Tensor:
+        """(B, N) of the tokens now, from (B, S) of those in a layer: the mean over a token's patches."""
+        assert self._tokens is not None
+        then, now = self._encoder.during(layer).source, self._tokens.source
+        per_patch = score.gather(1, then.clamp(min=0) + self._encoder.prefix) * (then >= 0)
+        count = self._tokens.x.shape[1]
+        total = score.new_zeros(len(now), count + 1).scatter_add(1, now % (count + 1), per_patch)
+        return total[:, :-1] / self._tokens.size.clamp(min=1)
 
     def keys(self, layer: int) -> Tensor:
         attention = self.attention(layer)
         keys = attention.key.transpose(1, 2).flatten(2)
         return keys.gather(1, attention.visual.unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
 
-    def text_to_vision(self, layer: int) -> Tensor:
-        raise InputError("text_to_vision is a signal of language models; this stage is in the vision encoder")
-
-    def text_embeddings(self) -> Tensor:
-        raise InputError("a vision encoder has no text")
+    def crops(self) -> tuple[Crops, ...]:
+        if self._encoder.pictures is not None:
+            return self._encoder.pictures
+        assert self._tokens is not None
+        source = self._tokens.source
+        whole = torch.ones(1, source.shape[1], dtype=torch.bool, device=source.device)
+        return tuple(Crops(slice(row, row + 1), (0, 0), whole) for row in range(len(source)))
 
     def grid(self) -> tuple[int, int]:
         return self._encoder.source_grid
@@ -334,12 +402,6 @@ class VisionHost(Host):
             mean = (tokens.x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
             tokens = tokens.with_x(torch.where(tokens.valid.unsqueeze(-1), tokens.x, mean))
         return None if tokens is before else torch.cat([prefix, tokens.x], 1)
-
-
-def split_read(name: str) -> tuple[str, int]:
-    """("vision", 22) from "vision.attention[22]"."""
-    kind, _, rest = name.partition(".attention[")
-    return kind, int(rest.rstrip("]"))
 
 
 def _pair(value: Any) -> tuple[int, int]:

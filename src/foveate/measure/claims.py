@@ -12,6 +12,8 @@ the exact shapes:
   the run has to be the charged numbers one layer later.
 * `projector-macs`: multiply-adds of the exact projector at the number of tokens that leave the encoder.
 
+Models of a method's own (`Claim.model`) are built on the meta device; `macs` counts half of their FLOPs, `flops` all.
+
 KV bytes are the visual share of the cache in fp16, at the twin's real cache lengths.
 """
 
@@ -21,6 +23,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +32,7 @@ from foveate.hosts.architectures import Architecture, architecture
 from foveate.measure.flops import count_flops
 from foveate.measure.memory import kv_lengths
 from foveate.measure.provenance import visual_tokens
-from foveate.method import Claim, InputError, Method, build, method_class, registry
+from foveate.method import Claim, InputError, Method, Published, build, published, published_class
 
 _FP16 = 2
 _FEW_WORDS = 8
@@ -57,7 +60,7 @@ class Checked:
 
 def verify(slug: str | None = None, on_progress: Callable[[int, int, str], None] | None = None) -> list[Checked]:
     """Measures every claim of one method, or of all; InputError for an unknown name."""
-    classes = registry() if slug is None else {slug: method_class(slug)}
+    classes = published() if slug is None else {slug: published_class(slug)}
     claims = [(name, cls, claim) for name, cls in classes.items() for claim in cls.claims]
     checked = []
     for number, (name, cls, claim) in enumerate(claims):
@@ -67,9 +70,12 @@ def verify(slug: str | None = None, on_progress: Callable[[int, int, str], None]
     return checked
 
 
-def count(cls: type[Method], claim: Claim) -> float:
+def count(cls: type[Published], claim: Claim) -> float:
     """Our figure for a claim of a method. InputError for a kind or counting that is not known."""
-    method = cls(**claim.settings)
+    if claim.model is not None:
+        return _of_model(claim.model, claim)
+    # Only methods that are applied have settings; for the others, the class itself says what it is.
+    method: Any = cls(**claim.settings) if issubclass(cls, Method) else cls
     if claim.kind == "value":
         if claim.value is None:
             raise InputError(f"{cls.card.slug}: the claim {claim.what!r} has no function to count with")
@@ -88,6 +94,18 @@ def count(cls: type[Method], claim: Claim) -> float:
     if claim.kind == "flops":
         return _flops(claim, method, shape, ran)
     raise InputError(f"{cls.card.slug}: nothing here counts {claim.kind!r}")
+
+
+def _of_model(build: Callable[[], torch.nn.Module], claim: Claim) -> float:
+    with torch.device("meta"):
+        model = build().eval()
+        if claim.kind == "parameters":
+            return float(sum(weight.numel() for weight in model.parameters()))
+        if claim.kind != "flops" or claim.inputs is None or claim.counting not in ("macs", "flops"):
+            raise InputError(f"{claim.what}: a model has parameters, or flops ('macs', 'flops') of inputs")
+        inputs = claim.inputs()
+        flops = count_flops(lambda: model(*inputs))
+    return flops / 2 if claim.counting == "macs" else float(flops)
 
 
 @dataclass(frozen=True)

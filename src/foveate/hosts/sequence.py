@@ -1,0 +1,136 @@
+"""The language model's sequence while tokens leave it, and what decoding has to know of it afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.tokens import DROPPED, Tokens, compact
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """The language model's sequence at some depth, S tokens of B samples.
+
+    Attributes:
+        index: (B, S) long, where each token stood in the sequence that the user gave; -1 for padding.
+        valid: (B, S) bool, False for padding and for tokens hidden from attention; None if all can be seen.
+        positions: (P, B, S) long position ids; P is 1, or the number of axes of the model's position ids.
+        tokens: the visual tokens among them.
+        slots: (B, N) long, where each visual token stands in the sequence; -1 for padding.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    positions: Tensor
+    tokens: Tokens
+    slots: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        return self.index >= 0
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, S) bool: `valid`, also where it is None."""
+        return self.present if self.valid is None else self.valid
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """What decoding must know of the prefill of one layer.
+
+    A prompt ends with text, whose tokens have consecutive positions and of which the user's mask knows as much as we
+    do. So only what is before that text has to be remembered, and the cache may be cropped within it.
+
+    Attributes:
+        valid: (B, head) bool, which of the entries before the closing text can be seen; None for all.
+        head: how many these are.
+        start: (B,) long, the position of the entry after them.
+        full: whether the layer holds an entry for every token of the prompt.
+        sequence: what the layer's cache holds, in its order.
+    """
+
+    valid: Tensor | None
+    head: int
+    start: Tensor
+    full: bool
+    sequence: Sequence
+
+    @classmethod
+    def of(cls, sequence: Sequence, full_length: int) -> Remembered:
+        length = sequence.index.shape[1]
+        # Where the closing text cannot have begun yet: padding, visual tokens, and whatever a gap in positions follows.
+        ahead = ~sequence.present
+        filled = sequence.slots >= 0
+        ahead[filled.nonzero(as_tuple=True)[0], sequence.slots[filled]] = True
+        ahead[:, :-1] |= (sequence.positions.diff() != 1).any(0)
+        number = torch.arange(1, length + 1, device=ahead.device)
+        head = int((ahead * number).max())
+        if head < length:
+            # Text has the same position on all axes.
+            start = sequence.positions[-1, :, head]
+        else:
+            start = torch.where(sequence.present, sequence.positions, -1).amax((0, 2)) + 1
+        valid = None if sequence.valid is None else sequence.valid[:, :head]
+        # What decoding asks of the visual tokens does not include their features.
+        held = replace(sequence, tokens=sequence.tokens.with_x(sequence.tokens.x.detach()[..., :0]))
+        return cls(valid, head, start, length == full_length, held)
+
+
+@dataclass(eq=False)
+class Prefill:
+    """What rides on a cache: a `Remembered` for each layer, and what methods noted (`Stage.memory`)."""
+
+    layers: list[Remembered]
+    memory: dict[str, Any]
+
+
+def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence, Tensor]:
+    """The sequence with only the slots in `keep` (B, S) bool, padded on the left, and the old slot of each new one."""
+    chosen = compact(keep)
+    padding = (chosen < 0).sum(1)
+    if bool((padding > 0).any()):
+        # compact pads on the right; the newest token must stay last
+        width = chosen.shape[1]
+        column = (torch.arange(width, device=keep.device) - padding.unsqueeze(1)) % width
+        chosen = chosen.gather(1, column)
+    filled = chosen.clamp(min=0)
+    present = chosen >= 0
+    index = torch.where(present, sequence.index.gather(1, filled), DROPPED)
+    valid = present if sequence.valid is None else present & sequence.valid.gather(1, filled)
+    if renumber and len(sequence.positions) == 1:
+        positions = present.long().cumsum(1).sub(1).clamp(min=0).unsqueeze(0)
+    else:
+        positions = sequence.positions.gather(2, filled.expand(len(sequence.positions), -1, -1)) * present
+    whole = None if bool(valid.all()) else valid
+    return replace(sequence, index=index, valid=whole, positions=positions), chosen
+
+
+def deal(slot: Tensor) -> Tensor:
+    """The same slots of each sample, handed to its tokens in ascending order; -1 stays."""
+    present = slot >= 0
+    big = torch.iinfo(slot.dtype).max
+    ascending = torch.where(present, slot, big).sort(1).values
+    rank = present.long().cumsum(1).sub(1).clamp(min=0)
+    return torch.where(present, ascending.gather(1, rank), DROPPED)
+
+
+def reslot(order: Tensor, slots: Tensor) -> Tensor:
+    """Where old slots (B, N) stand in a sequence whose new slot k was old slot `order[b, k]`; -1 where it is gone."""
+    batch, length = order.shape
+    longest = int(torch.cat([order, slots], 1).max()) + 1
+    new = order.new_full((batch, longest + 1), DROPPED)
+    new.scatter_(
+        1, torch.where(order >= 0, order, longest), torch.arange(length, device=order.device).expand(batch, -1)
+    )
+    new[:, -1] = DROPPED
+    return new.gather(1, torch.where(slots >= 0, slots, longest))
+
+
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D): rows `index` (B, K) of `states` (B, S, D); -1 takes row 0."""
+    return states.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[2]))
