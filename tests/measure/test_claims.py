@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from foveate.hosts.architectures import architecture
 from foveate.measure.claims import Checked, count, llm_viewer, verify
-from foveate.method import Claim, InputError, method_class
+from foveate.method import Card, Claim, InputError, Published, method_class
 
 _HEAVY = ("base, 32 frames", "prune only", "AIM, 192 frames")
 """Runs of 5 to 20 s on one core; `foveate verify` makes them."""
@@ -72,3 +74,32 @@ def test_verify_reports_and_names_are_checked() -> None:
         verify("vtc-clss")
     with pytest.raises(InputError, match="nothing here counts"):
         count(method_class("fopru"), Claim("", "steps", 1, "", architecture="llava-1.5-7b"))
+
+
+class _Backbone(Published):
+    card = Card(slug="backbone", title="for tests", arxiv="", kind="image", hosts=(), summary="for tests")
+
+
+def test_a_model_of_the_methods_own_is_counted_on_the_meta_device() -> None:
+    """One linear layer: 7 * 5 weights and 5 biases, 2 * 3 * 7 * 5 FLOPs on three rows; half of that are MACs."""
+    asked: list[torch.device] = []
+
+    def build() -> nn.Module:
+        layer = nn.Linear(7, 5)
+        asked.append(layer.weight.device)
+        return layer
+
+    claim = Claim("weights", "parameters", 40, "closed form", model=build)
+    assert count(_Backbone, claim) == 40
+    inputs = replace(claim, kind="flops", counting="flops", inputs=lambda: (torch.empty(3, 7),))
+    assert count(_Backbone, inputs) == 2 * 3 * 7 * 5
+    assert count(_Backbone, replace(inputs, counting="macs")) == 3 * 7 * 5
+    assert {device.type for device in asked} == {"meta"}
+    for wrong in (replace(inputs, counting=""), replace(inputs, inputs=None), replace(claim, kind="tokens")):
+        with pytest.raises(InputError, match="weights"):
+            count(_Backbone, wrong)
+
+
+def test_a_value_of_a_kind_that_is_not_applied_is_of_the_class() -> None:
+    claim = Claim("letters", "value", 8, "closed form", value=lambda cls: len(cls.card.slug))
+    assert count(_Backbone, claim) == 8
