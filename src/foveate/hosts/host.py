@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foveate.method import Crops, HostShape, InputError, Method, Signals, Stage
-from foveate.nn.attention import Attention
+from foveate.method import HostShape, InputError, Method, Signals, Stage
 from foveate.tokens import Tokens
 
 
@@ -122,48 +121,6 @@ class Host:
     def record(self, label: str, slug: str, before: Tokens, after: Tokens) -> None:
         tokens_in, tokens_out = before.count.tolist(), after.count.tolist()
         self.trace.append(Record(label, slug, tuple(tokens_in), tuple(tokens_out), after.source.detach()))
-
-
-class NoSignals:
-    """Base of the signals (see `foveate.method.Signals`): an InputError for each that a place does not have."""
-
-    where: str
-
-    def _none(self, name: str) -> InputError:
-        return InputError(f"{name} is not a signal of {self.where}")
-
-    def attention(self, layer: int) -> Attention:
-        raise self._none("attention")
-
-    def cls_attention(self, layer: int) -> Tensor:
-        raise self._none("cls_attention")
-
-    def received(self, layer: int) -> Tensor:
-        raise self._none("received")
-
-    def keys(self, layer: int) -> Tensor:
-        raise self._none("keys")
-
-    def text_to_vision(self, layer: int) -> Tensor:
-        raise self._none("text_to_vision")
-
-    def states(self) -> Tensor:
-        raise self._none("states")
-
-    def slots(self) -> Tensor:
-        raise self._none("slots")
-
-    def prompt(self) -> Tensor:
-        raise self._none("prompt")
-
-    def crops(self) -> tuple[Crops, ...]:
-        raise self._none("crops")
-
-    def text_embeddings(self) -> Tensor:
-        raise self._none("text_embeddings")
-
-    def grid(self) -> tuple[int, int]:
-        raise self._none("grid")
 
 
 def split_read(name: str) -> tuple[str, int]:

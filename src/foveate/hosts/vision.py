@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
-from foveate.hosts.host import Host, NoSignals, named, split_read
+from foveate.hosts.host import Host, named, split_read
+from foveate.hosts.signals import NoSignals
 from foveate.hosts.taps import Tap, tap_timm, tap_transformers
 from foveate.method import Crops, HostShape, InputError, Method
 from foveate.nn.attention import Attention

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.hosts.language import LanguageSignals
+from foveate.hosts.signals import LanguageSignals
 from foveate.method import HostShape, InputError
 from foveate.methods.reduce.pyramiddrop import PyramidDrop
 from reference import Decide, attention, kept, prompt_embeddings, run_layers, top
