@@ -59,7 +59,6 @@ def test_signals_of_encoders(host: str, layer: int) -> None:
             "received": attention.received(),
             "some": attention.received(torch.arange(attention.length).expand(2, -1) >= first),
             "rows": attention.rows(index),
-            "transition": torch.cat(list(attention.transition()), 1),
             "keys": at.signals.keys(layer),
             "class": at.signals.cls_attention(layer) if first else None,
             "grid": at.signals.grid(),
@@ -77,7 +76,6 @@ def test_signals_of_encoders(host: str, layer: int) -> None:
     assert close(got["received"], full.mean((1, 2)))
     assert close(got["some"], full[:, :, first:].mean((1, 2)))
     assert close(got["rows"][0], full[0][:, [1, 3]]) and close(got["rows"][1], full[1][:, [0, 2]])
-    assert close(got["transition"], full)
     assert close(got["keys"], keys[0][:, first:])
     if first:
         assert close(got["class"], full[:, :, 0, first:].mean(1))
@@ -149,7 +147,7 @@ def test_signals_of_language_models(host: str, padding: str, layer: int) -> None
         return {
             "text": at.signals.text_to_vision(at.layer),
             "received": attention.received(),
-            "transition": torch.cat(list(attention.transition()), 1),
+            "walk": attention.walk(real.float() / real.sum(1, keepdim=True), 3),
             "visual": attention.visual,
             "words": at.signals.text_embeddings(),
             "grid": at.signals.grid(),
@@ -167,7 +165,8 @@ def test_signals_of_language_models(host: str, padding: str, layer: int) -> None
         rows = real[b].nonzero().squeeze(1)
         assert close(got["text"][b, : len(where)], full[stages][b, :, last, where].mean(0))
         assert close(got["received"][b, rows], full[0][b][:, rows][..., rows].mean((0, 1)))
-        assert close(got["transition"][b][:, rows][..., rows], full[0][b][:, rows][..., rows])
+        walked = full[0][b][:, rows][..., rows].matrix_power(3).mean(1)
+        assert close(got["walk"][b][:, rows], walked)
         assert torch.equal(got["visual"][b, : len(where)], where)
         text = words[b, real[b] & ~visual[b]]
         assert torch.equal(got["words"][b, : len(text)], text) and not got["words"][b, len(text) :].any()

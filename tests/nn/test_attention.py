@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.nn import attention as module
 from foveate.nn.attention import Attention
@@ -50,12 +52,22 @@ cases = pytest.mark.parametrize(
 )
 
 
-@cases
-@pytest.mark.parametrize("chunk", (2**23, 2 * B * H * S, 1))
-def test_rows_received_and_transition(
-    groups: int, causal: bool, padded: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def blocks(monkeypatch: pytest.MonkeyPatch, rows: int, chunk: int) -> None:
+    monkeypatch.setattr(module, "_ROWS", rows)
     monkeypatch.setattr(module, "_CHUNK", chunk)
+
+
+sizes = pytest.mark.parametrize(
+    "most_rows, chunk", [(64, 2**19), (3, 2**19), (3, B * 3 * S), (64, 2 * B * H * S), (64, 1)]
+)
+
+
+@cases
+@sizes
+def test_rows_and_received(
+    groups: int, causal: bool, padded: bool, most_rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks(monkeypatch, most_rows, chunk)
     attention = make(groups, causal, padded)
     expected = slow(attention)
     real = torch.ones(B, S, dtype=torch.bool) if attention.present is None else attention.present
@@ -69,12 +81,61 @@ def test_rows_received_and_transition(
     few = torch.zeros(B, S, dtype=torch.bool)
     few[0, 2] = few[1, 5] = True
     assert torch.allclose(attention.received(few)[1], expected[1, :, 5].mean(0), atol=1e-5)
-    for temperature in (1.0, 0.1):
-        parts = list(attention.transition(temperature))
-        assert len(parts) == (1 if chunk == 2**23 else H)
-        whole, sharp = torch.cat(parts, 1), slow(attention, temperature)
-        for b in range(B):
-            assert torch.allclose(whole[b][:, real[b]], sharp[b][:, real[b]], atol=1e-5)
+
+
+@pytest.mark.parametrize("groups, padded", [(4, False), (4, True), (2, True), (1, False)])
+@sizes
+def test_a_walk_is_so_many_products_with_the_whole_matrix(
+    groups: int, padded: bool, most_rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks(monkeypatch, most_rows, chunk)
+    attention = make(groups, True, padded)
+    # Also from tokens that see nothing: they have nothing to pass on.
+    start = torch.rand(B, S)
+    for temperature, damping in ((1.0, 0.0), (0.1, 0.0), (0.5, 0.3)):
+        matrix = slow(attention, temperature)
+        v = start[:, None, None].expand(-1, H, -1, -1)
+        for steps in range(1, 5):
+            v = (1 - damping) * (v @ matrix) + damping * start[:, None, None]
+            ours = attention.walk(start, steps, damping, temperature)
+            assert torch.allclose(ours, v.squeeze(2), atol=1e-5)
+
+
+def test_a_walk_needs_causal_attention() -> None:
+    with pytest.raises(ValueError, match="causal"):
+        make(4, False, False).walk(torch.ones(B, S), 1)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has, and counts those that are a map of the whole sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.maps = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for one in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, min(one.numel(), one.untyped_storage().nbytes() // 4))
+                self.maps += one.ndim >= 2 and one.shape[-1] >= 300 and one.shape[-2] >= 300
+        return output
+
+
+@pytest.mark.parametrize("groups", (8, 2))
+def test_no_map_of_the_sequence_is_in_memory(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    length, heads = 300, 8
+    blocks(monkeypatch, 16, 2**13)
+    for causal in (True, False):
+        attention = Attention(
+            torch.randn(1, heads, length, 4), torch.randn(1, groups, length, 4), 0.5, causal, None, None,
+            torch.zeros(1, 1, dtype=torch.long),
+        )  # fmt: skip
+        with Largest() as seen:
+            attention.received()
+            if causal:
+                attention.walk(torch.full((1, length), 1 / length), 3)
+        assert 0 < seen.elements < length * length / 5 and seen.maps == 0
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))

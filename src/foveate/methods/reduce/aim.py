@@ -253,13 +253,7 @@ def importance(attention: Attention, temperature: float, iterations: int, dampin
     if present is None:
         present = torch.ones(batch, length, dtype=torch.bool, device=attention.query.device)
     uniform = present.float() / present.sum(1, keepdim=True)
-    total = torch.zeros_like(uniform)
-    for matrix in attention.transition(temperature):
-        v = uniform[:, None, None, :].expand(-1, matrix.shape[1], 1, -1)
-        for _ in range(iterations):
-            v = (1 - damping) * (v @ matrix) + damping * uniform[:, None, None, :]
-        total += v.square().sum((1, 2))
-    return (total / attention.query.shape[1]).sqrt()
+    return attention.walk(uniform, iterations, damping, temperature).square().mean(1).sqrt()
 
 
 def hide_others(tokens: Tokens, chosen: Tensor) -> Tokens:
