@@ -11,8 +11,9 @@ from torch import Tensor
 
 import foveate
 from foveate.method import HostShape, InputError
-from foveate.methods.reduce.aim import Aim, importance, partners
+from foveate.methods.reduce.aim import Aim, importance
 from foveate.nn.attention import Attention
+from foveate.nn.matching import partners
 from foveate.tokens import Tokens
 from reference import attention, kept, prompt_embeddings, run_layers, top
 from stub import numbered, stage
@@ -69,9 +70,9 @@ def test_merging_equals_the_slow_loop(count: int, keep: float, order: str) -> No
 
 
 @pytest.mark.parametrize(("count", "surplus", "left"), [(8, 3, 5), (8, 4, 4), (8, 99, 4), (9, 4, 5), (9, 99, 5)])
-@pytest.mark.parametrize("spatial", [False, True])
-def test_a_step_keeps_n_minus_r_tokens_and_clips_r_to_half(count: int, surplus: int, left: int, spatial: bool) -> None:
-    into = partners(torch.randn(3, count, 4), surplus, spatial)
+@pytest.mark.parametrize("order", ["similarity", "place"])
+def test_a_step_keeps_n_minus_r_tokens_and_clips_r_to_half(count: int, surplus: int, left: int, order: str) -> None:
+    into = partners(torch.randn(3, count, 4), surplus, order)
     for row in into.tolist():
         assert sorted(set(row)) == list(range(left))
 
@@ -103,9 +104,9 @@ def test_schedules_of_the_release(count: int, keep: float, schedule: list[int]) 
     torch.manual_seed(1)
     metric, steps = torch.randn(1, count, 8), []
 
-    def noting(metric: Tensor, surplus: int, spatial: bool) -> Tensor:
+    def noting(metric: Tensor, surplus: int, order: str) -> Tensor:
         steps.append(metric.shape[1])
-        return partners(metric, surplus, spatial)
+        return partners(metric, surplus, order)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("foveate.methods.reduce.aim.partners", noting)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from foveate.method import (
     Card,
@@ -24,6 +23,7 @@ from foveate.method import (
     within,
 )
 from foveate.nn.attention import Attention
+from foveate.nn.matching import partners
 from foveate.tokens import Tokens, topk_in_order
 
 
@@ -160,7 +160,7 @@ class Aim(Method):
             raise InputError("aim merges crops with equal numbers of tokens; let no other method act before it")
         target = merged_count(tokens.x.shape[1], self.keep)
         while (surplus := tokens.x.shape[1] - target) > 0:
-            into = partners(metric, surplus, self.order == "spatial")
+            into = partners(metric, surplus, "place" if self.order == "spatial" else "similarity")
             # The metric is merged along, so that it stays that of the merged tokens.
             metric = tokens.with_x(metric).merge(into).x
             tokens = tokens.merge(into)
@@ -216,34 +216,6 @@ class Aim(Method):
 def merged_count(count: int, keep: float) -> int:
     """How many of `count` tokens merging leaves: `floor(keep * count)`, at least 1."""
     return max(1, int(count * keep + 1e-9))
-
-
-def partners(metric: Tensor, surplus: int, spatial: bool) -> Tensor:
-    """(B, N) long: the group of each token in one merge step, which leaves N - min(surplus, N // 2) groups.
-
-    Args:
-        metric: (B, N, D).
-        surplus: how many tokens are to go; one step takes away N // 2 at most.
-        spatial: number the groups by position, instead of unmerged tokens first, the most similar one leading.
-    """
-    batch, count, _ = metric.shape
-    place = torch.arange(count, device=metric.device).expand(batch, -1)
-    unit = F.normalize(metric.float(), dim=-1)
-    best, partner = (unit[:, 0::2] @ unit[:, 1::2].transpose(-1, -2)).max(-1)
-    order = torch.sort(best, dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, place[:, : best.shape[1]])
-    goes = min(surplus, count // 2)
-    merged = rank < goes
-    # Each group is led by its token of B, or by the unmerged token of A that is alone in it.
-    leader = place.clone()
-    leader[:, 0::2] = torch.where(merged, 2 * partner + 1, place[:, 0::2])
-    if spatial:
-        number = (leader == place).long().cumsum(1) - 1
-    else:
-        number = torch.zeros_like(place)
-        number[:, 0::2] = rank - goes
-        number[:, 1::2] = best.shape[1] - goes + place[:, : count // 2]
-    return number.gather(1, leader)
 
 
 def importance(attention: Attention, temperature: float, iterations: int, damping: float) -> Tensor:
