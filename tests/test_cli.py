@@ -10,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import foveate
+from foveate import train as recipes
 from foveate import zoo
 from foveate.cli import main
+from foveate.data.samples import from_scenes
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -56,6 +59,7 @@ BAD = [
     (["compare", "--keep", "0"], "(0, 1]"),
     (["compare", "--keep", "1.5"], "(0, 1]"),
     (["compare", "--keep", "nan"], "(0, 1]"),
+    ([], ""),
     (["compare", "--methods", "pyramidrop"], "did you mean pyramiddrop"),
     (["compare", "--methods", ","], "no name"),
     (["compare", "--methods", "random"], "baselines only"),
@@ -65,13 +69,22 @@ BAD = [
     (["compare", "--out", "/proc/foveate"], "cannot be written"),
     (["compare", "--image", "none.png", "--prompt", "p"], "no such picture"),
     (["compare", "--image", ".", "--prompt", "p"], "a folder"),
+    (["compare", "--image", "cut.png", "--prompt", "p"], "truncated"),
+    (["compare", "--image", "empty.png", "--prompt", "p"], "empty"),
+    (["compare", "--image", "thin.png", "--prompt", "p"], "1 x 900 pixels"),
     (["compare", "--image", "text.png", "--prompt", "p"], "not a picture"),
     (["compare", "--image", "nan.tiff", "--prompt", "p"], "NaN"),
     (["compare", "--image", "a.png"], "--image needs --prompt"),
     (["compare", "--prompt", "p"], "--prompt needs --image"),
     (["compare", "--dataset", "bad.jsonl"], "bad.jsonl:2: not JSON"),
+    (["compare", "--dataset", "text.jsonl"], "text.jsonl:1: the field 'image' is missing"),
     (["compare", "--dataset", "bad.jsonl", "--image", "a.png"], "not both"),
-    (["compare", "--model", "tiny-lava", "--image", "a.png", "--prompt", "p"], "unknown model 'tiny-lava'"),
+    (["compare", "--model", "tiny-lava", "--image", "a.png", "--prompt", "p"], "did you mean tiny-llava"),
+    (["compare", "--model", "tiny-vit", "--image", "a.png", "--prompt", "p"], "is a vision encoder"),
+    (["compare", "--model", "vit", "--image", "a.png", "--prompt", "p"], "vit is a ViTForImageClassification"),
+    (["compare", "--image", "a.png", "--prompt", "is <image> there"], "leave '<image>' out"),
+    (["compare", "--image", "a.png", "--prompt", "is there " * 2000], "tokens with the pictures"),
+    (["compare", "--image", "a.png", "--prompt", "p", "--methods", "pyramiddrop", "--keep", "0.1"], "as little as 0.1"),
     (["compare", "--model", ".", "--image", "a.png", "--prompt", "p"], "config.json"),
     (["compare", "--model", "somebody/nothing", "--image", "a.png", "--prompt", "p"], "models shipped here"),
     (["methods", "fopruu"], "did you mean fopru"),
@@ -79,22 +92,33 @@ BAD = [
     (["train", "tiny-lava"], "did you mean tiny-llava"),
     (["train"], "name"),
     (["train", "tiny-llava", "--seed", "-1"], "--seed"),
+    (["train", "tiny-llava", "--set", "steps"], "NAME=VALUE"),
+    (["train", "tiny-llava", "--set", "stepz=3"], "no setting 'stepz'"),
     (["train", "tiny-llava", "--out", "a.png"], "not a folder"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:80] for a, _ in BAD])
 def test_bad_input_is_one_line(run: Run, picture: Path, arguments: list[str], message: str) -> None:
     folder = picture.parent
     (folder / "text.png").write_text("no picture")
-    Image.fromarray(__import__("numpy").full((1, 2), float("nan"), dtype="float32")).save(folder / "nan.tiff")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes(picture.read_bytes()[:100])
+    Image.new("L", (1, 900)).save(folder / "thin.png")
+    Image.fromarray(np.full((1, 2), np.nan, dtype=np.float32)).save(folder / "nan.tiff")
+    (folder / "text.jsonl").write_text('{"prompt": "p"}\n')
+    (folder / "vit").mkdir()
+    (folder / "vit/config.json").write_text('{"model_type": "vit", "architectures": ["ViTForImageClassification"]}')
     (folder / "bad.jsonl").write_text('{"image": "a.png", "prompt": "p"}\n{"image"\n')
     before = sorted(folder.iterdir())
     code, out, err = run(*arguments)
     assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert message in err
-    assert out == ""
+    if arguments:
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert message in err
+        assert out == ""
+    else:
+        assert err == "" and "Usage" in out
     assert sorted(folder.iterdir()) == before
 
 
@@ -114,6 +138,8 @@ def test_methods_lists_all_and_tells_about_one(run: Run) -> None:
     code, out, _ = run("methods", "pyramiddrop")
     for text in ("https://arxiv.org/abs/2410.17247", "llm.layer", "hf-vlm", "(0.25, 0.5, 0.75)", "Table 1", "keep"):
         assert text in out
+    assert "foveate compare --methods pyramiddrop" in out
+    assert "compare" not in run("methods", "dense")[1]
 
 
 def test_verify_prints_both_figures_and_fails_by_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,11 +159,11 @@ def test_verify_prints_both_figures_and_fails_by_exit_code(run: Run, monkeypatch
 
 def test_train_passes_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(foveate.train, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
-    assert run("train", "tiny-llava", "--out", "r", "--steps", "3", "--seed", "7", "--smoke", "--fresh")[0] == 0
-    assert calls == [
-        (("tiny-llava",), {"out": Path("r"), "seed": 7, "resume": False, "smoke": True, "steps": 3}),
-    ]
+    monkeypatch.setattr(recipes, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
+    settings = ["--set", "steps=3", "--set", "lr=1e-3", "--set", "tower=runs/a=b"]
+    assert run("train", "tiny-llava", "--out", "r", "--seed", "7", "--smoke", "--fresh", *settings)[0] == 0
+    given = {"out": Path("r"), "seed": 7, "resume": False, "smoke": True}
+    assert calls == [(("tiny-llava",), given | {"steps": 3, "lr": 0.001, "tower": "runs/a=b"})]
 
 
 def test_bugs_keep_their_traceback_and_files_do_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +171,7 @@ def test_bugs_keep_their_traceback_and_files_do_not(run: Run, monkeypatch: pytes
         def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(foveate.train, "run", fail)
+        monkeypatch.setattr(recipes, "run", fail)
 
     raises(OSError(errno.ENOSPC, "No space left on device", "r/x"))
     assert run("train", "tiny-llava") == (2, "", "error: r/x: No space left on device\n")
@@ -154,7 +180,7 @@ def test_bugs_keep_their_traceback_and_files_do_not(run: Run, monkeypatch: pytes
     raises(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         main(["train", "tiny-llava"])
-    monkeypatch.setattr(foveate.train, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(recipes, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert run("train", "tiny-llava")[0] == 130
 
 
@@ -169,11 +195,16 @@ def test_compare_writes_report_and_prints_the_table(run: Run, tmp_path: Path) ->
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["comparison.json", "report.html"]
     rows = json.loads((tmp_path / "o/comparison.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["dense", "random", "grid", "pool", "resolution", "fopru"]
+    assert [row["method"] for row in rows] == ["dense", "grid", "pool", "random", "resolution", "fopru"]
     for row in rows:
         assert f"{row['time_ratio']:.2f} ({row['time_low']:.2f}–{row['time_high']:.2f})" in out
         assert f"{100 * row['accuracy']:.1f} %" in out
-    assert "Choice: " in out and "data:image/png" in (tmp_path / "o/report.html").read_text()
+    assert "Choice: " in out
+    report = (tmp_path / "o/report.html").read_text()
+    shown = json.loads((tmp_path / "o/comparison.json").read_text())["shown"]
+    asked = {sample.id: (sample.prompt, sample.answer) for sample in from_scenes("test", 4, 0)}
+    assert (shown["prompt"], shown["expected"]) == asked[shown["id"]]
+    assert f"Asked: <strong>{shown['prompt']}</strong>" in report and "data:image/png" in report
 
 
 @needs_zoo
@@ -198,7 +229,7 @@ def test_interruption_keeps_earlier_results_and_rows_so_far(tmp_path: Path) -> N
     assert (tmp_path / "o/report.html").read_text() == "earlier"
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["comparison.partial.json", "report.html"]
     kept = json.loads((tmp_path / "o/comparison.partial.json").read_text())
-    assert [row["method"] for row in kept["rows"]] == ["dense", "random"] and kept["complete"] is False
+    assert [row["method"] for row in kept["rows"]] == ["dense", "grid"] and kept["complete"] is False
 
 
 _INTERRUPTED = """
@@ -211,7 +242,7 @@ real = module.compare
 def compare(*args, on_row, **kwargs):
     def noting(row):
         on_row(row)
-        if row.method == "random":
+        if row.method == "grid":
             os.kill(os.getpid(), signal.SIGINT)
     return real(*args, on_row=noting, **kwargs)
 module.compare = compare
@@ -225,8 +256,48 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_help_loads_nothing_slow() -> None:
-    slow = "('transformers', 'accelerate', 'matplotlib', 'jinja2')"
-    code = f"import sys, foveate.cli; print([m for m in {slow} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "compare --help", "compare --keep 2", "compare --methods fopruu", "methods", "train nothing"],
+)
+def test_what_computes_nothing_loads_no_torch(arguments: str) -> None:
+    code = """
+import sys
+from foveate.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print([name for name in ("torch", "transformers", "matplotlib", "numpy") if name in sys.modules], file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("[]\n"), done.stderr
+
+
+def test_the_package_has_all_its_names() -> None:
+    for name in foveate.__all__:
+        assert name in dir(foveate) and getattr(foveate, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = foveate.nothing  # type: ignore[attr-defined]
+
+
+@needs_zoo
+def test_two_processes_give_exactly_the_numbers_of_one(run: Run, tmp_path: Path) -> None:
+    """Through `accelerate launch` as docs/cli.md says it; five questions in batches of two: three and two."""
+    asked = ["compare", "--device", "cpu", "--questions", "5", "--batch-size", "2"]
+    asked += ["--keep", "0.5", "--methods", "fopru"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    # A port of its own, so that tests can run side by side.
+    command = [*launch, "--main_process_port", "0", "-m", "foveate.cli", *asked, "--out", "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Choice: ") == 1
+    assert run(*asked, "--out", "one")[0] == 0
+    one, two = (json.loads((tmp_path / out / "comparison.json").read_text()) for out in ("one", "two"))
+    assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+    for row in (*one["rows"], *two["rows"]):
+        for key in ("time_ratio", "time_low", "time_high"):
+            row.pop(key)
+    for key in ("rows", "shown", "overlays", "samples"):
+        assert one[key] == two[key]

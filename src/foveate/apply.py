@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from foveate.hosts import adapt
-from foveate.hosts.host import Host, Record
 from foveate.method import InputError, Method, build
+
+# Adapters bring torch, and with it seconds; they are loaded when the first method is applied.
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foveate.hosts.host import Host, Record
 
 
 class Applied:
@@ -31,6 +33,8 @@ class Applied:
     """
 
     def __init__(self, model: nn.Module, methods: tuple[Method, ...]) -> None:
+        from foveate.hosts import adapt
+
         self.model, self.methods = model, methods
         self.host: Host = adapt(model)
         for method in methods:

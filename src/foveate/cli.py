@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate.method import STAGES, InputError, Method, did_you_mean, method_class, registry, share
+from foveate.catalogue import catalogue, known
+from foveate.method import STAGES, InputError, Method, did_you_mean, method_class, share
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-llava"
 DEFAULT_QUESTIONS = 256
+ALL = "all"
+_FAMILIES = {
+    "hf-vlm": "vision-language models of transformers",
+    "hf-vision": "vision encoders of transformers",
+    "timm": "vision transformers of timm",
+}
 _PARTIAL = "comparison.partial.json"
 
 app = typer.Typer(
@@ -67,17 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(error).__name__ == "Abort":
             raise SystemExit(130) from None
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            _fail(error.format_message())
+            # Without a command typer has shown the help, and there is nothing to say.
+            _fail(error.format_message()) if error.format_message() else sys.exit(2)
         if type(error).__name__ == "OutOfMemoryError":
             _fail("the GPU's memory is full; try a smaller --batch-size, or --dtype bfloat16")
         raise
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> None:
-    """One line on stderr, without control characters, and exit 2."""
+def _fail(message: str, everywhere: bool = False) -> NoReturn:
+    """One line on stderr, without control characters, and exit 2; of several processes only the first says it."""
     line = " ".join(message.split())
-    if _is_main_process():
+    if everywhere or _is_main_process():
         print("error: " + "".join(c if c.isprintable() else "�" for c in line), file=sys.stderr)
     raise SystemExit(2)
 
@@ -123,7 +131,13 @@ def compare(
     dataset: Annotated[
         Path | None, typer.Option(help="JSONL, a line {image, prompt, answer, type}; the last two optional.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated names; see `foveate methods`.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated names (see `foveate methods`), or all. Without it: four on the shipped model and "
+            "scenes, so that it takes minutes; otherwise all."
+        ),
+    ] = None,
     keep: Annotated[str, typer.Option(help="Comma-separated budgets in (0, 1].")] = "0.5,0.25,0.1",
     out: Annotated[Path, typer.Option(help="Folder for report.html and comparison.json.")] = Path("foveate-out"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
@@ -145,14 +159,20 @@ def compare(
     _at_least("--seed", seed, 0)
     kind = _dtype(dtype)
     check_folder(out)
+    source = _source(model)
     samples = _samples(image or [], prompt, dataset, questions, seed)
-    _run_comparison(model, samples, names, budgets, out, device, kind, batch_size, seed)
+    if methods is None and model == DEFAULT_MODEL and not image and dataset is None:
+        from foveate.measure.compare import METHODS
+
+        names = METHODS
+    _run_comparison(model, source, samples, names, budgets, out, device, kind, batch_size, seed)
 
 
 def _run_comparison(
     model: str,
+    source: str,
     samples: list[Sample],
-    names: list[str] | None,
+    names: Sequence[str] | None,
     budgets: tuple[float, ...],
     out: Path,
     device: str,
@@ -160,7 +180,7 @@ def _run_comparison(
     batch_size: int,
     seed: int,
 ) -> None:
-    from foveate.measure.compare import METHODS, Row
+    from foveate.measure.compare import Row
     from foveate.measure.compare import compare as measure
     from foveate.report.html import report_html
     from foveate.report.table import comparison_table
@@ -169,7 +189,7 @@ def _run_comparison(
 
     console = _console()
     accelerator = _accelerator(device)
-    loaded, processor = _load(model, str(accelerator.device) if device == "auto" else device, dtype)
+    loaded, processor = _load(model, source, str(accelerator.device) if device == "auto" else device, dtype)
     rows: list[Row] = []
     try:
         with _progress() as advance:
@@ -177,7 +197,7 @@ def _run_comparison(
                 loaded,
                 processor,
                 samples,
-                METHODS if names is None else names,
+                names,
                 budgets=budgets,
                 batch_size=batch_size,
                 seed=seed,
@@ -190,17 +210,17 @@ def _run_comparison(
             write_files(out, {_PARTIAL: _rows_json(rows)})
             print(f"interrupted; {len(rows)} rows are in {out / _PARTIAL}", file=sys.stderr)
         raise
+    except InputError as error:
+        # Where the samples are shared out, only the process that has the one at fault knows of it.
+        _fail(str(error), everywhere=True)
     if not _is_main_process():
         return
-    # Two questions about one picture share an id; then it is not known here which of them was asked.
-    drawn = [sample for sample in samples if sample.id == comparison.overlay_sample]
-    asked = {sample.prompt for sample in drawn}
+    shown = next(sample for sample in samples if comparison.shown and sample.id == comparison.shown.id)
     page = report_html(
         comparison,
         command=shlex.join(["foveate", *sys.argv[1:]]),
         model=model,
-        prompt=asked.pop() if len(asked) == 1 else "",
-        picture=_seen(processor, drawn[0].images[0]) if drawn else None,
+        picture=_seen(processor, shown.images[0]),
     )
     write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
     (out / _PARTIAL).unlink(missing_ok=True)
@@ -222,13 +242,15 @@ def _budgets(text: str) -> tuple[float, ...]:
     return tuple(sorted(found, reverse=True))
 
 
-def _method_names(text: str | None) -> list[str] | None:
-    if text is None:
+def _method_names(text: str | None) -> Sequence[str] | None:
+    """The methods that are named; None for all."""
+    if text is None or text.strip() == ALL:
         return None
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise InputError("--methods: no name given; `foveate methods` lists them")
-    chosen = list(dict.fromkeys(name for name in names if not method_class(name).card.baseline))
+    entries = catalogue()
+    chosen = list(dict.fromkeys(name for name in names if not entries[known(name)].baseline))
     if not chosen:
         raise InputError("--methods names baselines only, which always run; name a method to compare with them")
     return chosen
@@ -260,7 +282,8 @@ def _samples(
         if prompt is None or not prompt.strip():
             raise InputError("--image needs --prompt, the question about the picture")
         return [
-            Sample(images=(read_image(path),), prompt=prompt, answer=None, type=None, id=path.name) for path in images
+            Sample(images=(read_image(path),), prompt=prompt, answer=None, type=None, id=str(path))
+            for path in dict.fromkeys(images)
         ]
     if prompt is not None:
         raise InputError("--prompt needs --image, the picture that it asks about")
@@ -280,36 +303,28 @@ def _accelerator(device: str) -> Any:
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
-def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """The model in evaluation mode on `device`, and its processor. InputError for what cannot be loaded."""
+def _load(name: str, source: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """The model in evaluation mode on `device`, and its processor. InputError for what cannot be loaded.
+
+    `source` is what `_source(name)` found, and what transformers gets.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     from transformers.utils import logging
 
-    from foveate import zoo
     from foveate.hosts import SUPPORTED
 
     # Its bar for reading weights is a matter of moments; that of downloads is the hub's own, and stays.
     logging.disable_progress_bar()
-    known = zoo.names()
-    if name in known:
-        source = str(zoo.path(name))
-    elif Path(name).exists():
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(f"{name}: no model here; a model's folder has a config.json")
-        source = name
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        source = name
-    else:
-        near = did_you_mean(name, known)
-        raise InputError(f"unknown model {name!r}; {near} Or give a local folder or a hub id OWNER/NAME.")
+    usable = [one for one in SUPPORTED if one in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()]
     kind = {"auto": "auto" if device != "cpu" else torch.float32}.get(dtype) or getattr(torch, dtype)
     try:
         # The configuration first: it is small, and tells whether the rest is worth downloading.
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         for architecture in config.architectures or ():
-            if architecture not in SUPPORTED:
-                raise InputError(f"{name} is a {architecture}, for which there is no adapter; see `docs/cli.md`")
+            if architecture not in usable:
+                raise InputError(f"{name} is a {architecture}; compare can use {' and '.join(usable)}")
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=kind, trust_remote_code=False, use_safetensors=True
         )
@@ -318,9 +333,42 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shipped = ", ".join(known) or "none"
+        shipped = ", ".join(_shipped())
         raise InputError(f"{name} cannot be loaded: {reason[:300]} (models shipped here: {shipped})") from None
+    # Too long a prompt is our own error, with the sample's name; the tokenizer would only grumble.
+    processor.tokenizer.model_max_length = sys.maxsize
     return loaded.to(device).eval(), processor
+
+
+def _source(name: str) -> str:
+    """What transformers loads `name` from: a folder or a hub id. InputError where it is neither."""
+    from foveate import zoo
+
+    shipped = _shipped()
+    if name in shipped:
+        return str(zoo.path(name))
+    if name in zoo.names():
+        raise InputError(f"{name} is a vision encoder; compare needs a model that answers, such as {shipped[0]}")
+    if Path(name).exists():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"{name}: no model here; a model's folder has a config.json")
+        return name
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    raise InputError(
+        f"unknown model {name!r}: neither shipped ({did_you_mean(name, shipped)}), nor a folder here, nor a hub id "
+        "OWNER/NAME"
+    )
+
+
+def _shipped() -> list[str]:
+    """Models of the zoo that compare can use; the others answer no questions, and transformers does not know them."""
+    import json
+
+    from foveate import zoo
+
+    configs = {name: json.loads((zoo.path(name) / "config.json").read_text(encoding="utf-8")) for name in zoo.names()}
+    return [name for name, config in configs.items() if "model_type" in config]
 
 
 def _seen(processor: Any, picture: Image.Image) -> Image.Image:
@@ -372,24 +420,22 @@ def methods(
 ) -> None:
     """List the methods, or tell all about one."""
     if slug is not None:
-        _describe(method_class(slug))
+        _describe(method_class(known(slug)))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("method", "where", "summary", "paper"):
+    for column in ("method", "acts at", "summary", "paper"):
         table.add_column(column, no_wrap=column in ("method", "paper"))
-    known = registry().values()
+    entries = catalogue().values()
     for baselines in (False, True):
-        for cls in (one for one in known if one.card.baseline == baselines):
-            card = cls.card
-            where = ", ".join(cls.handlers()) or "nowhere"
-            paper = f"arXiv {card.arxiv}" if card.arxiv else ""
-            cells = (card.slug, where, card.summary, paper)
+        for one in (entry for entry in entries if entry.baseline == baselines):
+            paper = f"arXiv {one.arxiv}" if one.arxiv else ""
+            cells = (one.slug, ", ".join(one.stages) or "nowhere", one.summary, paper)
             table.add_row(*(Text(cell) for cell in cells), style="bright_black" if baselines else "")
         if not baselines:
             table.add_row(Text("baselines", style="bold"))
     console = _console()
     console.print(table)
-    console.print("\n[bright_black]foveate methods NAME tells all about one.[/]")
+    console.print("\n[bright_black]foveate methods NAME tells all about one: what it does, settings, claims.[/]")
 
 
 def _describe(cls: type[Method]) -> None:
@@ -399,27 +445,37 @@ def _describe(cls: type[Method]) -> None:
         console.print(Text(f"https://arxiv.org/abs/{card.arxiv}" + (f" ({card.year})" if card.year else "")))
     console.print()
     # The lines of a docstring are broken for the source file; here they flow.
-    for paragraph in (inspect.getdoc(cls) or card.summary).split("\n\n"):
-        console.print(Text(" ".join(paragraph.split()) + "\n"), soft_wrap=not console.is_terminal)
-    _heading(console, "where it hooks")
+    paragraphs = (" ".join(one.split()) for one in (inspect.getdoc(cls) or card.summary).split("\n\n"))
+    console.print(Text("\n\n".join(paragraphs)), soft_wrap=not console.is_terminal)
+    _heading(console, "how to use it")
+    settings = "".join(f", {name}={value!r}" for name, value in list(_defaults(cls).items())[:1])
+    console.print(Text(f'  with foveate.apply(model, "{card.slug}"{settings}): model.generate(**inputs)'))
+    if not card.baseline:
+        console.print(Text(f"  foveate compare --methods {card.slug}"))
+    _heading(console, "where it acts")
     for stage in cls.handlers():
         console.print(Text(f"  {stage:14} {STAGES[stage]}"))
     if not cls.handlers():
         console.print("  nowhere")
-    _heading(console, "hosts")
-    console.print(Text("  " + ", ".join(card.hosts)))
-    parameters = inspect.signature(cls).parameters
-    if parameters:
-        _heading(console, "settings")
+    _heading(console, "models it works on")
+    for family in card.hosts:
+        console.print(Text(f"  {family:14} {_FAMILIES.get(family, '')}".rstrip()))
+    if defaults := _defaults(cls):
+        _heading(console, "settings and their defaults")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for name, parameter in parameters.items():
-            meaning = card.parameters.get(name, "")
-            table.add_row(Text(f"  {name}"), Text(_short(parameter.default)), Text(meaning))
+        for name, default in defaults.items():
+            table.add_row(Text(f"  {name}"), Text(_short(default)), Text(card.parameters.get(name, "")))
         console.print(table)
     if cls.claims:
         _heading(console, f"claims that `foveate verify {card.slug}` measures")
         for claim in cls.claims:
-            console.print(Text(f"  {claim.what}: {claim.figure:.6g} ({claim.source}, ±{100 * claim.tolerance:g} %)"))
+            source = "our own count" if claim.source == "card" else f"the paper's {claim.source}"
+            console.print(Text(f"  {claim.what}: {claim.figure:.6g} ({source}, ±{100 * claim.tolerance:g} %)"))
+
+
+def _defaults(cls: type[Method]) -> dict[str, Any]:
+    """setting -> default."""
+    return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
 
 
 def _heading(console: Console, text: str) -> None:
@@ -440,7 +496,7 @@ def verify(
 ) -> None:
     """Measure every hard claim now and print ours beside the paper's figure; exit 1 when one fails."""
     if slug is not None:
-        method_class(slug)
+        known(slug)
     from foveate.measure.claims import verify as check
 
     with _progress() as advance:

@@ -65,6 +65,16 @@ def test_unusable_pictures(tmp_path: Path, picture: Path, monkeypatch: pytest.Mo
         read_image(picture)
 
 
+def test_pictures_may_not_be_threads(tmp_path: Path) -> None:
+    for size, fits in (((1, 200), True), ((1, 201), False), ((402, 2), False)):
+        Image.new("L", size).save(tmp_path / "thin.png")
+        if fits:
+            assert read_image(tmp_path / "thin.png").size == size
+        else:
+            with pytest.raises(InputError, match="one side may be at most 200 times the other"):
+                read_image(tmp_path / "thin.png")
+
+
 def test_decompression_bomb_is_not_decoded(tmp_path: Path) -> None:
     # A header alone: whoever decodes finds no pixels and says "damaged".
     for side, name in ((12_000, "warned.png"), (20_000, "refused.png")):
@@ -112,6 +122,8 @@ def test_records(tmp_path: Path, picture: Path) -> None:
         ({"image": [], "prompt": "p"}, "'image' must be"),
         ({"image": 7, "prompt": "p"}, "'image' must be"),
         ({"image": "b.png", "prompt": "p"}, "no such picture"),
+        ({"image": None, "prompt": "p"}, "'image' must be .* not null"),
+        ({"image": "a.png", "prompt": "p", "id": "1"}, "the id '1' is that of line 1 already"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, picture: Path, record: Any, message: str) -> None:

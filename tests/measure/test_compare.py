@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,15 +14,15 @@ from stand_in import questions, tiny
 
 import foveate
 from foveate.data.samples import Sample, to_inputs
-from foveate.measure.compare import Comparison, Row, choose, compare
-from foveate.measure.provenance import overlay, visual_tokens
+from foveate.hosts import adapt
+from foveate.measure.compare import METHODS, Comparison, Row, candidates, choose, compare
+from foveate.measure.provenance import Overlay, overlay, visual_tokens
 from foveate.measure.quality import Batches, answer, kl_divergence, normalise
 from foveate.method import InputError
 
 SMALL = {
     "budgets": (0.5, 0.1), "baselines": ("pool", "resolution"), "timing_pairs": 1, "batch_size": 4, "max_new_tokens": 3,
 }  # fmt: skip
-
 
 def test_kl_against_a_slow_loop() -> None:
     p, q = torch.randn(3, 11) * 3, torch.randn(3, 11) * 3
@@ -58,13 +56,13 @@ def test_logits_and_answers_are_those_of_the_model_alone() -> None:
 def comparison() -> Comparison:
     torch.manual_seed(0)
     model, processor = tiny()
-    return compare(model, processor, questions(10), **SMALL)  # type: ignore[arg-type]
+    return compare(model, processor, questions(10), METHODS, **SMALL)  # type: ignore[arg-type]
 
 
 def test_rows_are_complete(comparison: Comparison) -> None:
     assert comparison.rows[0].method == "dense"
     assert comparison.samples == 10
-    names = ("pool", "resolution", "fopru", "vtc-cls", "pyramiddrop", "aim")
+    names = ("pool", "resolution", *METHODS)
     assert [(row.method, row.budget) for row in comparison.rows[1:]] == [(n, b) for n in names for b in (0.5, 0.1)]
     for row in comparison.rows:
         if row.refused is not None:
@@ -166,6 +164,50 @@ def test_counts_and_overlay_follow_the_trace() -> None:
         assert sorted(overlay(applied.trace, 4, (6, 6), "fopru", 0.25).depth) == [0.0] * 27 + [1.0] * 9
 
 
+def test_the_sample_that_is_shown(comparison: Comparison) -> None:
+    model, processor = tiny()
+    shape, samples = adapt(model).shape, questions(10)
+    assert comparison.shown is not None
+    sample = next(one for one in samples if one.id == comparison.shown.id)
+    assert (comparison.shown.prompt, comparison.shown.expected) == (sample.prompt, sample.answer)
+    assert sorted(len(one.prompt) for one in samples)[5] == len(sample.prompt)
+    assert len(comparison.overlays) == sum(row.refused is None for row in comparison.rows[1:])
+    for one in [comparison.shown, *comparison.overlays]:
+        with contextlib.ExitStack() as stack:
+            if isinstance(one, Overlay):
+                method = foveate.method_class(one.method).for_budget(one.budget, shape)
+                stack.enter_context(foveate.apply(model, method))
+            said = answer(model, processor, Batches(processor, [sample], 1), 3)
+        assert one.answer == said[0].answers[0]
+
+
+def test_candidates_are_all_that_need_no_training() -> None:
+    cards = [cls.card for cls in foveate.registry().values()]
+    for family in ("hf-vlm", "hf-vision", "timm"):
+        fits = {card.slug for card in cards if card.kind == "reduce" and card.training_free and family in card.hosts}
+        baselines = {card.slug for card in cards if card.baseline and family in card.hosts}
+        assert set(candidates(family)) == fits - baselines
+        assert set(candidates(family, baselines=True)) == baselines - {"dense"}
+    assert set(METHODS) <= set(candidates())
+
+
+def test_a_method_that_can_do_nothing_is_refused_before_any_work() -> None:
+    model, processor = tiny()
+    steps: list[object] = []
+    for asked in (["pyramiddrop"], [foveate.method_class("pyramiddrop")(layers=(1, 2, 9))]):
+        with pytest.raises(InputError):
+            compare(model, processor, questions(2), asked, budgets=(0.1,), on_progress=lambda *step: steps.append(step))
+    assert not steps
+
+
+def test_a_prompt_longer_than_the_model_takes() -> None:
+    model, processor = tiny()
+    short, long = questions(2)
+    long = replace(long, prompt="is there a dog ? " * 60, id="the-long-one")
+    with pytest.raises(InputError, match=r"'the-long-one': its prompt has \d+ tokens .* takes 253 beside"):
+        compare(model, processor, [short, short, long], **SMALL)  # type: ignore[arg-type]
+
+
 def test_bad_input_gets_one_line() -> None:
     model, processor = tiny()
     good = questions(2)
@@ -203,35 +245,3 @@ def test_pixels_that_are_not_finite_are_refused() -> None:
     black = Sample((Image.fromarray(np.zeros((8, 8, 3), np.uint8)),), "what is there ?")
     with np.errstate(all="ignore"), pytest.raises(InputError, match="not finite"):
         to_inputs(processor, [black])
-
-
-_SHARDED = """
-import sys
-sys.path[:0] = {paths!r}
-import torch
-torch.set_num_threads(1)
-from accelerate import Accelerator
-from stand_in import questions, tiny
-from foveate.measure.compare import compare
-accelerator = Accelerator(cpu=True)
-model, processor = tiny()
-result = compare(model, processor, questions(11), ("fopru", "aim"), budgets=(0.5,), baselines=(), batch_size=2,
-                 timing_pairs=1, max_new_tokens=3, accelerator=accelerator)
-open(f"{out}/{{accelerator.num_processes}}-{{accelerator.process_index}}.json", "w").write(result.to_json())
-"""
-
-
-def test_two_processes_give_exactly_the_numbers_of_one(tmp_path: Path) -> None:
-    """Sharding: an `Accelerator` on CPU in one and in two processes."""
-    script = tmp_path / "sharded.py"
-    script.write_text(_SHARDED.format(paths=[str(Path(__file__).parent)], out=tmp_path))
-    # Not `accelerate launch --cpu`, which quietly starts one process only.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=120)
-    subprocess.run([*launch, str(script)], check=True, capture_output=True, timeout=120)
-    results = [json.loads((tmp_path / name).read_text())["rows"] for name in ("1-0.json", "2-0.json", "2-1.json")]
-    for rows in results:
-        for row in rows:
-            for key in ("time_ratio", "time_low", "time_high"):
-                row.pop(key)
-    assert results[0] == results[1] == results[2]

@@ -38,7 +38,10 @@ def comparison(**changes: Any) -> SimpleNamespace:
     rows += [row(name, budget) for name in NAMES for budget in (0.5, 0.25)]
     rows.append(row("pyramiddrop", 0.1, refused="the first of 8 layers sees all [red]tokens[/red]"))
     overlays = [
-        SimpleNamespace(method=one.method, budget=one.budget, grid=(3, 4), depth=(1.0,) * 12, group=(-1,) * 12)
+        SimpleNamespace(
+            method=one.method, budget=one.budget, grid=(3, 4), depth=(1.0,) * 12, group=(-1,) * 12,
+            answer=f"{one.method} {one.budget}",
+        )
         for one in rows
         if one.refused is None
     ]
@@ -49,5 +52,6 @@ def comparison(**changes: Any) -> SimpleNamespace:
         "choice": rows[-3],
         "why": "It keeps most at least cost.",
         "overlays": overlays,
+        "shown": SimpleNamespace(id="a", prompt="what is left ?", expected="ant", answer="bee"),
     }
     return SimpleNamespace(**(values | changes))

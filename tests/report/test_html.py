@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 from comparisons import comparison, row
 from PIL import Image
@@ -40,7 +41,7 @@ class Page(HTMLParser):
 
 
 def page(**changes: str) -> str:
-    given = {"command": "foveate compare", "model": "tiny-llava", "prompt": "what is left ?"} | changes
+    given = {"command": "foveate compare", "model": "tiny-llava"} | changes
     return report_html(comparison(), picture=PICTURE, **given)
 
 
@@ -60,13 +61,13 @@ def test_well_formed_and_loads_nothing() -> None:
 
 
 def test_hostile_text_is_shown_and_not_run() -> None:
-    text = page(prompt=HOSTILE, model=HOSTILE, command=HOSTILE)
-    parsed = Page(text)
+    shown = SimpleNamespace(id=HOSTILE, prompt=HOSTILE, expected=HOSTILE, answer=HOSTILE)
+    parsed = Page(report_html(comparison(shown=shown), picture=PICTURE, model=HOSTILE, command=HOSTILE))
     assert all(tag != "script" and "onerror" not in attributes for tag, attributes in parsed.tags)
-    assert parsed.text.count(HOSTILE) >= 3
+    assert parsed.text.count(HOSTILE) >= 6
     rows = [row("dense", 1), row("fopru", 0.5, refused=HOSTILE, settings={"<b>": HOSTILE})]
     made = comparison(rows=rows, choice=None, why=HOSTILE, environment={HOSTILE: HOSTILE}, overlays=[])
-    parsed = Page(report_html(made, command="c", model="m", prompt="p"))
+    parsed = Page(report_html(made, command="c", model="m"))
     assert all(tag not in ("script", "b") and "onerror" not in attributes for tag, attributes in parsed.tags)
 
 
@@ -87,9 +88,18 @@ def test_gallery_has_a_picture_for_every_overlay() -> None:
     parsed = Page(page())
     sources = [a["src"] or "" for t, a in parsed.tags if t == "img"]
     assert len(sources) == len(comparison().overlays)  # dense's is the picture itself
+    assert "Asked: what is left ? The right answer is ant. The unchanged model says bee" in parsed.text
+    for one in comparison().overlays:
+        assert one.answer in parsed.text or one.method == "dense"
     for source in sources:
         Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).verify()
 
 
 def test_without_a_picture_there_is_no_gallery() -> None:
-    assert "<img" not in report_html(comparison(), command="c", model="m", prompt="p")
+    assert "<img" not in report_html(comparison(), command="c", model="m")
+
+
+def test_an_unknown_right_answer_is_not_mentioned() -> None:
+    shown = SimpleNamespace(id="a", prompt="what is left ?", expected=None, answer="")
+    text = Page(report_html(comparison(shown=shown), picture=PICTURE, model="m", command="c")).text
+    assert "right answer" not in text and "The unchanged model says nothing" in text

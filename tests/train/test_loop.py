@@ -195,10 +195,10 @@ def test_killed_process_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     """SIGKILL of the real command after its first checkpoint; then its folder is resumed here."""
     options = {"steps": 40, "save_every": 3, "batch": 2, "threads": 1, "workers": 1, "test_scenes": 2}
     training.run("tiny-vit", out=tmp_path / "whole", seed=5, smoke=True, **options)
-    settings = [f"{name}={value}" for name, value in options.items()]
-    command = ["tiny-vit", "--out", str(tmp_path / "parts"), "--seed", "5", "--smoke", "--set", *settings]
+    settings = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
+    command = ["train", "tiny-vit", "--out", str(tmp_path / "parts"), "--seed", "5", "--smoke", *settings]
     running = subprocess.Popen(
-        [sys.executable, "-m", "foveate.train", *command],
+        [sys.executable, "-m", "foveate.cli", *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -267,7 +267,7 @@ def test_metrics_say_how_they_came_about(tmp_path: Path) -> None:
     assert told["cores"] == os.cpu_count()
     assert told["cpu"]
     assert told["training_seconds"] >= 0
-    assert told["command"].startswith("python -m foveate.train")
+    assert told["command"].startswith("foveate ")
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

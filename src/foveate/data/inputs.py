@@ -15,6 +15,8 @@ from foveate.method import InputError
 
 MAX_PIXELS = 80_000_000
 """Of one picture; below the number from which Pillow itself warns."""
+MAX_ASPECT = 200
+"""Longer by shorter side of one picture; image processors scale by the shorter side, and memory by the longer."""
 MAX_TOTAL_PIXELS = 1_000_000_000
 """Of all pictures of a JSONL file together: 3 GB once decoded."""
 MAX_JSONL_BYTES = 256 * 2**20
@@ -28,8 +30,8 @@ def read_image(path: str | Path) -> Image.Image:
     """The first frame of a picture file, RGB, upright by its EXIF orientation, transparency over white.
 
     Raises:
-        InputError: no such file, not a regular file, not a picture, truncated, more than `MAX_PIXELS`, or
-            floating-point pixels that are NaN, infinite or outside 0..255.
+        InputError: no such file, not a regular file, not a picture, truncated, more than `MAX_PIXELS`, longer than
+            `MAX_ASPECT` allows, or floating-point pixels that are NaN, infinite or outside 0..255.
     """
     path = _file(path, "picture")
     # Pillow knows a few formats from the start and loads the others when it fails, but not where formats are named.
@@ -43,6 +45,10 @@ def read_image(path: str | Path) -> Image.Image:
                 if width * height > MAX_PIXELS:
                     raise InputError(
                         f"{path}: {width} x {height} pixels are more than the limit of {MAX_PIXELS:,}; scale it down"
+                    )
+                if max(width, height) > MAX_ASPECT * max(1, min(width, height)):
+                    raise InputError(
+                        f"{path}: {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other"
                     )
                 picture.load()
                 return _rgb(ImageOps.exif_transpose(picture), path)
@@ -63,11 +69,12 @@ def read_jsonl(path: str | Path) -> list[Sample]:
     """Questions about pictures, one JSON object a line; blank lines are skipped.
 
     `{"image": file or [files], "prompt" or "question": text, "answer": text, "type": text, "id": text}`, files
-    relative to the JSONL's folder, the last three optional. A picture that several lines name is read once.
+    relative to the JSONL's folder, the last three optional. Without an id the line's number is one. A picture that
+    several lines name is read once.
 
     Raises:
-        InputError: with the line number, for malformed lines, missing or unknown fields, unusable pictures, a file
-            without any record, or one beyond the limits.
+        InputError: with the line number, for malformed lines, missing or unknown fields, unusable pictures and an id
+            that was there before; for a file without any record, or one beyond the limits.
     """
     path = _file(path, "data set")
     if path.stat().st_size > MAX_JSONL_BYTES:
@@ -78,6 +85,7 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     pictures: dict[Path, Image.Image] = {}
     samples: list[Sample] = []
+    lines_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -88,9 +96,13 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         except (RecursionError, ValueError) as error:
             raise InputError(f"{path}:{number}: not usable JSON: {_line(error)}") from None
         try:
-            samples.append(_sample(record, path.parent, number, pictures))
+            sample = _sample(record, path.parent, number, pictures)
+            if sample.id in lines_of:
+                raise InputError(f"the id {sample.id[:60]!r} is that of line {lines_of[sample.id]} already")
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
+        lines_of[sample.id] = number
+        samples.append(sample)
     if not samples:
         raise InputError(f"{path}: no records; a line is {{\"image\": FILE, \"prompt\": TEXT, \"answer\": TEXT}}")
     return samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class Sample:
         prompt: the question without chat words and without image tokens.
         answer: the right answer; None where it is not known.
         type: kind of question; None for no kind.
-        id: a name for messages.
+        id: a name for messages and results, unique among the samples of a comparison.
     """
 
     images: tuple[Image.Image, ...]
@@ -34,17 +35,21 @@ class Sample:
 
 
 def from_scenes(split: str = "test", count: int = 256, seed: int = 0) -> list[Sample]:
-    """`count` questions about scenes, evenly over the types; InputError for a bad split, count or seed."""
+    """`count` questions about scenes, evenly over the types; InputError for a bad split, count or seed.
+
+    The id is "scenes/SPLIT/SEED/PICTURE/QUESTION", the questions about one picture numbered from 1.
+    """
     try:
         questions = held_out_questions(split, count, seed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return [
-        Sample(
-            (Image.fromarray(one.image),), one.prompt, one.answer, one.type, f"scenes/{split}/{seed}/{one.index}"
-        )
-        for one in questions
-    ]
+    asked: Counter[int] = Counter()
+    samples = []
+    for one in questions:
+        asked[one.index] += 1
+        id = f"scenes/{split}/{seed}/{one.index}/{asked[one.index]}"
+        samples.append(Sample((Image.fromarray(one.image),), one.prompt, one.answer, one.type, id))
+    return samples
 
 
 def to_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -56,29 +61,37 @@ def to_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
         samples: at least one, each with at least one picture.
 
     Raises:
-        InputError: for an empty batch, a sample without picture or image token, and pixels that are not finite.
+        InputError: for an empty batch, a sample without picture, a prompt without image token or with one of its own,
+            and pixels that are not finite.
     """
     if not samples:
         raise InputError("there are no samples")
     for sample in samples:
         if not sample.images:
-            raise InputError(f"sample {sample.id or sample.prompt!r} has no picture")
+            raise InputError(f"{name(sample)} has no picture")
+        if (token := getattr(processor, "image_token", None)) and token in sample.prompt:
+            raise InputError(f"{name(sample)}: leave {token!r} out of the prompt; the pictures are put before it")
     batch = processor(
         images=[image.convert("RGB") for sample in samples for image in sample.images],
         text=[_chat(processor, sample) for sample in samples],
         padding=True, padding_side="left", return_tensors="pt",
     )  # fmt: skip
-    inputs: dict[str, Tensor] = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    inputs: dict[str, Tensor] = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     inputs.pop("token_type_ids", None)
     if not bool(torch.isfinite(inputs["pixel_values"]).all()):
         raise InputError("a picture has pixels that are not finite (NaN or infinite)")
-    token = getattr(processor, "image_token_id", None)
-    if token is not None:
-        present = (inputs["input_ids"] == token).any(1).tolist()
+    number = getattr(processor, "image_token_id", None)
+    if number is not None:
+        present = (inputs["input_ids"] == number).any(1).tolist()
         for sample, has in zip(samples, present):
             if not has:
-                raise InputError(f"sample {sample.id or sample.prompt!r}: its prompt has no image token")
+                raise InputError(f"{name(sample)}: its prompt has no image token; is the model's chat template right?")
     return inputs
+
+
+def name(sample: Sample) -> str:
+    """How a message calls a sample."""
+    return f"sample {sample.id or sample.prompt[:60]!r}"
 
 
 def _chat(processor: Any, sample: Sample) -> str:

@@ -19,10 +19,10 @@ from foveate.measure.memory import kv_bytes
 from foveate.measure.provenance import Overlay, overlay, visual_tokens
 from foveate.measure.quality import Answered, Batches, answer, answer_length, gather, place, score
 from foveate.measure.timing import Timing, interleave, seconds
-from foveate.method import HostShape, InputError, Method, method_class
+from foveate.method import HostShape, InputError, Method, method_class, registry
 
 METHODS = ("fopru", "vtc-cls", "pyramiddrop", "aim")
-BASELINES = ("random", "grid", "pool", "resolution")
+"""Of `foveate compare` without arguments, which has to be done within 3 minutes on two cores; see `candidates`."""
 BUDGETS = (0.5, 0.25, 0.1)
 NEAR = 0.01
 """How far below dense counts as "as good": 1 point."""
@@ -74,6 +74,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """The sample that FLOPs, time and overlays are of.
+
+    Attributes:
+        id, prompt: of the sample.
+        expected: the right answer, None where it is not known.
+        answer: the unchanged model's, in lower case and without final punctuation, as answers are compared.
+    """
+
+    id: str
+    prompt: str
+    expected: str | None
+    answer: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All rows, dense first, and what they say.
 
@@ -83,8 +99,8 @@ class Comparison:
         samples: how many were asked.
         choice: the row that the rule of `choose` picks; None if every method refused.
         why: the rule's reason, in words.
-        overlays: one a row, of the sample that FLOPs and time were measured on.
-        overlay_sample: id of that sample.
+        overlays: one a row, of the sample `shown`.
+        shown: the sample that FLOPs and time were measured on.
     """
 
     rows: list[Row]
@@ -93,7 +109,7 @@ class Comparison:
     choice: Row | None
     why: str
     overlays: list[Overlay] = field(default_factory=list)
-    overlay_sample: str = ""
+    shown: Shown | None = None
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -113,8 +129,11 @@ class Comparison:
                 Overlay(**one | {key: tuple(one[key]) for key in ("grid", "depth", "group")})
                 for one in values.pop("overlays")
             ]
-            index = values.pop("choice")
-            return cls(rows=rows, overlays=overlays, choice=None if index is None else rows[index], **values)
+            index, shown = values.pop("choice"), values.pop("shown")
+            return cls(
+                rows=rows, overlays=overlays, choice=None if index is None else rows[index],
+                shown=None if shown is None else Shown(**shown), **values,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise InputError(f"not a comparison ({' '.join(str(error).split())})") from None
 
@@ -123,10 +142,10 @@ def compare(
     model: Any,
     processor: Any,
     samples: Sequence[Sample],
-    methods: Sequence[str | Method] = METHODS,
+    methods: Sequence[str | Method] | None = None,
     *,
     budgets: Sequence[float] = BUDGETS,
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] | None = None,
     batch_size: int = 32,
     timing_pairs: int = 10,
     max_new_tokens: int | None = None,
@@ -143,9 +162,9 @@ def compare(
         model: a vision-language model that `foveate.apply` supports, on its device.
         processor: the model's.
         samples: questions; accuracy is measured where they have answers.
-        methods: names, set up for each budget, or instances, measured once as they are.
+        methods: names, set up for each budget, or instances, measured once as they are; None: all `candidates`.
         budgets: shares of visual tokens in (0, 1], averaged over the language model's layers.
-        baselines: what to measure beside them; dense is always there.
+        baselines: what to measure beside them; None: all that there are. Dense is always there.
         batch_size: samples a batch. Results do not depend on the number of processes, but may in the last bits on this.
         timing_pairs: interleaved pairs of dense and method.
         max_new_tokens: length of an answer; None: enough for the longest right one.
@@ -155,8 +174,9 @@ def compare(
         accelerator: an `accelerate.Accelerator` to share the samples among processes; every process gets all rows.
 
     Raises:
-        InputError: no samples, a sample without picture, pixels that are not finite, a budget out of range, a model
-            without adapter or without language model, unknown names.
+        InputError: no samples, a sample without picture, pixels that are not finite, a prompt longer than the model
+            takes, a budget out of range, a model without adapter or without language model, unknown names, a method
+            in `methods` that can be set to none of the budgets on this model.
     """
     if not samples:
         raise InputError("there are no samples to compare on")
@@ -168,10 +188,12 @@ def compare(
     shape = adapt(model).shape
     if not shape.llm_layers:
         raise InputError(f"compare needs a vision-language model; {type(model).__name__} has no language model")
-    planned = _plan(methods, baselines, budgets)
+    planned = _plan(model, shape, methods, baselines, budgets)
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    batches = Batches(processor, samples, batch_size, process, processes)
     new_tokens = answer_length(processor, samples) if max_new_tokens is None else max_new_tokens
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = None if room is None else room - new_tokens
+    batches = Batches(processor, samples, batch_size, process, processes, longest)
     bench = _Bench(model, processor, samples, shape, batches, new_tokens, timing_pairs, accelerator)
     bench.total = len(batches) * (1 + len(planned))
     bench.on_progress = on_progress or (lambda done, total, text: None)
@@ -192,7 +214,17 @@ def compare(
         model.train(training)
     choice, why = choose(rows)
     surroundings = environment(model.device, model.dtype, seed) | {"processes": processes, "batch_size": batch_size}
-    return Comparison(rows, surroundings, len(samples), choice, why, overlays, bench.sample.id)
+    return Comparison(rows, surroundings, len(samples), choice, why, overlays, bench.shown)
+
+
+def candidates(family: str = "hf-vlm", baselines: bool = False) -> tuple[str, ...]:
+    """Names of all methods (or of all baselines but dense) that shorten such a host without any training."""
+    return tuple(
+        slug
+        for slug, cls in registry().items()
+        if (card := cls.card).kind == "reduce" and card.training_free and family in card.hosts
+        and card.baseline == baselines and slug != "dense"
+    )  # fmt: skip
 
 
 def choose(rows: Sequence[Row]) -> tuple[Row | None, str]:
@@ -242,14 +274,42 @@ def choose(rows: Sequence[Row]) -> tuple[Row | None, str]:
 
 
 def _plan(
-    methods: Sequence[str | Method], baselines: Sequence[str], budgets: Sequence[float]
-) -> list[tuple[str | Method, float]]:
-    """What is measured after dense, in order, with its budget (that of an instance is not known yet: 0)."""
-    names = list(dict.fromkeys([*baselines, *(m for m in methods if isinstance(m, str))]))
-    for name in names:
-        method_class(name)
-    named = [(name, budget) for name in names if name != "dense" for budget in dict.fromkeys(budgets)]
-    return [*named, *((method, 0.0) for method in methods if isinstance(method, Method))]
+    model: Any, shape: HostShape, methods: Sequence[str | Method] | None, baselines: Sequence[str] | None,
+    budgets: Sequence[float],
+) -> list[tuple[str | Method, float]]:  # fmt: skip
+    """What is measured after dense, in order, with its budget (that of an instance is not known yet: 0).
+
+    Who names a method wants to hear at once that it cannot work here at all; InputError says why.
+    """
+    asked = list(dict.fromkeys(methods or ()))
+    beside = candidates(shape.family, baselines=True) if baselines is None else tuple(baselines)
+    others = candidates(shape.family) if methods is None else ()
+    budgets = tuple(dict.fromkeys(budgets))
+    planned: list[tuple[str | Method, float]] = []
+    for entry in dict.fromkeys((*beside, *asked, *others)):
+        if entry == "dense":
+            continue
+        pairs = [(entry, budget) for budget in budgets] if isinstance(entry, str) else [(entry, 0.0)]
+        refusals = [refusal for one, budget in pairs if (refusal := _refusal(model, shape, one, budget))]
+        if entry in asked and len(refusals) == len(pairs):
+            raise refusals[0]
+        planned += pairs
+    return planned
+
+
+def _refusal(model: Any, shape: HostShape, entry: str | Method, budget: float) -> InputError | None:
+    """Why this cannot be measured, without having run it. InputError for an unknown name."""
+    if isinstance(entry, str):
+        method_class(entry)
+    try:
+        apply(model, _set_up(entry, budget, shape)).remove()
+    except InputError as error:
+        return error
+    return None
+
+
+def _set_up(entry: str | Method, budget: float, shape: HostShape) -> Method:
+    return method_class(entry).for_budget(budget, shape) if isinstance(entry, str) else entry
 
 
 class _Bench:
@@ -261,8 +321,9 @@ class _Bench:
     ) -> None:  # fmt: skip
         self.model, self.processor, self.samples, self.shape = model, processor, samples, shape
         self.batches, self.new_tokens, self.pairs, self.accelerator = batches, new_tokens, pairs, accelerator
-        self.sample = sorted(samples, key=lambda sample: len(sample.prompt))[len(samples) // 2]
-        self.one = place(to_inputs(processor, [self.sample]), model)
+        self.index = sorted(range(len(samples)), key=lambda index: len(samples[index].prompt))[len(samples) // 2]
+        self.one = place(to_inputs(processor, [samples[self.index]]), model)
+        self.shown: Shown | None = None
         self.on_progress: Progress = lambda done, total, text: None
         self.done = self.total = 0
         self._reference: list[Answered] = []
@@ -276,16 +337,29 @@ class _Bench:
         self.done += 1
         self.on_progress(self.done, self.total, text)
 
+    def _cost(self) -> tuple[int, int]:
+        """FLOPs of one prefill and the bytes that it leaves in the cache."""
+        caches: list[Any] = []
+        flops = count_flops(lambda: caches.append(self._prefill().past_key_values))
+        return flops, kv_bytes(caches[0])
+
+    def _answer(self, said: Sequence[Answered]) -> str:
+        """The answer to the sample that is shown, whichever process asked it."""
+        mine = [text for one in said for index, text in zip(one.indices, one.answers) if index == self.index]
+        return str(gather(mine, self.accelerator)[0])
+
     def dense(self) -> Row:
         self._reference = answer(
             self.model, self.processor, self.batches, self.new_tokens, lambda: self._step("dense")
         )
-        self._flops = count_flops(self._prefill)
+        self._flops, cache = self._cost()
+        sample = self.samples[self.index]
+        self.shown = Shown(sample.id, sample.prompt, sample.answer, self._answer(self._reference))
         quality = score(self.samples, self._reference, self._reference, self.accelerator)
         counts = [int(count) for count in gather(self._image_tokens(), self.accelerator)]
         return Row(
             "dense", 1.0, True, {}, (("llm.input", sum(counts) / len(counts)),), 1.0, self._flops, 1.0, 1.0, 1.0, 1.0,
-            kv_bytes(self._prefill().past_key_values), quality.accuracy, quality.accuracy_by_type, 1.0, 0.0,
+            cache, quality.accuracy, quality.accuracy_by_type, 1.0, 0.0,
         )  # fmt: skip
 
     def _image_tokens(self) -> list[int]:
@@ -298,11 +372,10 @@ class _Bench:
         label = f"{name} at {budget:g}" if isinstance(entry, str) else repr(entry)
         start = self.done
         try:
-            method = method_class(entry).for_budget(budget, self.shape) if isinstance(entry, str) else entry
+            method = _set_up(entry, budget, self.shape)
             with apply(self.model, method) as applied:
                 said, counts = self._ask(applied, label)
-                flops = count_flops(self._prefill)
-                cache = kv_bytes(self._prefill().past_key_values)
+                flops, cache = self._cost()
                 trace = list(applied.trace)
         except InputError as error:
             self.done = start + len(self.batches)
@@ -324,7 +397,7 @@ class _Bench:
             time.ratio, time.low, time.high, cache, quality.accuracy, quality.accuracy_by_type, quality.agreement,
             quality.kl,
         )  # fmt: skip
-        return row, overlay(trace, self.shape.llm_layers, self.shape.grid, name, budget)
+        return row, overlay(trace, self.shape.llm_layers, self.shape.grid, name, budget, self._answer(said))
 
     def _ask(self, applied: Any, label: str) -> tuple[list[Answered], list[tuple[int, list[int], dict[str, float]]]]:
         """Answers, and for each sample: image tokens of dense, visual tokens at each layer, tokens after each stage."""

@@ -19,7 +19,7 @@ def environment(
     """Versions, machine, device, dtype, seed and the exact command of this process, as JSON values."""
     device = torch.device(device)
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": command(),
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -28,6 +28,15 @@ def environment(
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("foveate", "torch", "transformers", "accelerate")},
     }
+
+
+def command() -> str:
+    """The command line of this process, without the place where things are installed."""
+    program = Path(sys.argv[0])
+    # The console script, and `python -m foveate.cli`, which is how accelerate starts it.
+    if program.name == "foveate" or program.parts[-2:] == ("foveate", "cli.py"):
+        return shlex.join(["foveate", *sys.argv[1:]])
+    return shlex.join([Path(sys.executable).name, *sys.argv])
 
 
 def _version(name: str) -> str:

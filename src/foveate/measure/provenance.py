@@ -21,6 +21,7 @@ class Overlay:
         depth: row by row, the share of the language model's depth at which the patch was dropped: 0 before the language
             model, 1 never.
         group: row by row, one number for all patches merged into one token, -1 for a patch that was not merged.
+        answer: what the model said with the tokens that were left.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Overlay:
     grid: tuple[int, int]
     depth: tuple[float, ...]
     group: tuple[int, ...]
+    answer: str = ""
 
 
 def visual_tokens(trace: Sequence[Record], depth: int) -> list[tuple[int, ...]]:
@@ -42,7 +44,13 @@ def visual_tokens(trace: Sequence[Record], depth: int) -> list[tuple[int, ...]]:
 
 
 def overlay(
-    trace: Sequence[Record], depth: int, grid: tuple[int, int], method: str, budget: float, sample: int = 0
+    trace: Sequence[Record],
+    depth: int,
+    grid: tuple[int, int],
+    method: str,
+    budget: float,
+    answer: str = "",
+    sample: int = 0,
 ) -> Overlay:
     """The overlay of one sample of the forward that `trace` recorded; in `source`, the first crop comes first."""
     patches = grid[0] * grid[1]
@@ -61,9 +69,8 @@ def overlay(
         group = torch.where(merged, first_free + source, group)
         first_free += len(carried)
     numbers = {old: new for new, old in enumerate(dict.fromkeys(g for g in group.tolist() if g >= 0))}
-    return Overlay(
-        method, budget, grid, tuple(dropped.tolist()), tuple(numbers.get(g, -1) for g in group.tolist())
-    )
+    groups = tuple(numbers.get(g, -1) for g in group.tolist())
+    return Overlay(method, budget, grid, tuple(dropped.tolist()), groups, answer)
 
 
 def _layer(stage: str) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.data.samples import Sample, to_inputs
+from foveate.data.samples import Sample, name, to_inputs
+from foveate.method import InputError
 
 _CACHE_BYTES = 2**30
 """Prepared batches are kept up to this size; beyond it each is prepared anew for every method."""
@@ -58,12 +59,15 @@ class Batches:
         samples: all samples.
         batch_size: samples a batch.
         process, processes: this process works on batches process, process + processes, ….
+        longest: most tokens of a prompt, its pictures' included; None for any number. Iteration raises InputError for
+            a sample that has more.
     """
 
     def __init__(
-        self, processor: Any, samples: Sequence[Sample], batch_size: int, process: int = 0, processes: int = 1
-    ) -> None:
-        self.processor, self.samples = processor, samples
+        self, processor: Any, samples: Sequence[Sample], batch_size: int, process: int = 0, processes: int = 1,
+        longest: int | None = None,
+    ) -> None:  # fmt: skip
+        self.processor, self.samples, self.longest = processor, samples, longest
         starts = range(0, len(samples), batch_size)
         self.parts = [range(s, min(s + batch_size, len(samples))) for s in starts][process::processes]
         self._kept: dict[int, dict[str, Tensor]] = {}
@@ -77,11 +81,20 @@ class Batches:
             inputs = self._kept.get(number)
             if inputs is None:
                 inputs = to_inputs(self.processor, [self.samples[i] for i in part])
+                self._check_lengths(part, inputs)
                 size = sum(value.numel() * value.element_size() for value in inputs.values())
                 if self._bytes + size <= _CACHE_BYTES:
                     self._kept[number] = inputs
                     self._bytes += size
             yield tuple(part), inputs
+
+    def _check_lengths(self, part: range, inputs: dict[str, Tensor]) -> None:
+        for index, length in zip(part, inputs["attention_mask"].sum(1).tolist()):
+            if self.longest is not None and length > self.longest:
+                raise InputError(
+                    f"{name(self.samples[index])}: its prompt has {length} tokens with the pictures; the model takes "
+                    f"{self.longest} beside the answer"
+                )
 
 
 def answer_length(processor: Any, samples: Sequence[Sample]) -> int:

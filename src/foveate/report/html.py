@@ -21,17 +21,14 @@ if TYPE_CHECKING:
     from foveate.measure.compare import Comparison, Row
 
 
-def report_html(
-    comparison: Comparison, *, command: str, model: str, prompt: str, picture: Image.Image | None = None
-) -> str:
-    """The report as text. Whatever the user gave (command, model, prompt, names) is escaped.
+def report_html(comparison: Comparison, *, command: str, model: str, picture: Image.Image | None = None) -> str:
+    """The report as text. Whatever the user gave (command, model, prompts, names) is escaped.
 
     Args:
         comparison: what was measured.
         command: the command line that makes this report again.
         model: name or path of the model.
-        prompt: the question asked about `picture`.
-        picture: what the model saw of the picture that `comparison.overlays` belong to.
+        picture: what the model saw of the picture of `comparison.shown`, for the overlays.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("foveate.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -40,7 +37,7 @@ def report_html(
     return environment.from_string(source).render(
         model=model,
         command=command,
-        prompt=prompt,
+        shown=comparison.shown,
         samples=comparison.samples,
         environment=_flat({name: value for name, value in comparison.environment.items() if name != "command"}),
         why=reason(comparison),
@@ -102,7 +99,10 @@ def _gallery(comparison: Comparison, picture: Image.Image) -> list[dict[str, Any
         if name == "dense":
             continue
         shown = sorted((one for one in comparison.overlays if one.method == name), key=lambda one: -one.budget)
-        pictures = [{"budget": number(one.budget), "data": _data(draw_overlay(picture, one))} for one in shown]
+        pictures = [
+            {"budget": number(one.budget), "answer": one.answer, "data": _data(draw_overlay(picture, one))}
+            for one in shown
+        ]
         lines.append({"method": name, "baseline": name in baselines, "pictures": pictures})
     return lines
 
@@ -115,7 +115,8 @@ def _shown(picture: Image.Image) -> Image.Image:
 
 def _data(picture: Image.Image) -> Markup:
     file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
+    # Not optimize=True: two dozen overlays would take seconds to become a fifteenth smaller.
+    picture.save(file, format="PNG")
     return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
 
 
