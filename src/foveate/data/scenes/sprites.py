@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,3 +97,17 @@ def sprite(name: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.float3
 @functools.lru_cache(maxsize=8192)
 def sprite_mask(name: str, side: int) -> NDArray[np.bool_]:
     return sprite(name, side)[1] >= 0.5
+
+
+@functools.lru_cache(maxsize=1024)
+def _texture(name: str, side: int) -> Image.Image:
+    """The emoji at `side` px within a transparent margin of 2 px, mode "RGBa": colours multiplied by opacity."""
+    padded = Image.new("RGBA", (side + 4, side + 4))
+    padded.paste(_emoji(name).resize((side, side), Image.Resampling.BICUBIC), (2, 2))
+    return padded.convert("RGBa")
+
+
+def texture(name: str, side: float) -> tuple[Image.Image, int, int]:
+    """An emoji to be sampled at about `side` px: the picture ("RGBa"), the px of the emoji in it and of its margin."""
+    exact = min(72, 4 * math.ceil(side / 4))  # the files have 72 px
+    return _texture(name, exact), exact, 2
