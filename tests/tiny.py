@@ -27,7 +27,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipForImageClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -39,12 +43,13 @@ from transformers import (
 from foveate.method import Card, HostShape, Method, Stage, at
 from foveate.tokens import Tokens, compact
 
-IMAGE, PAD, VOCABULARY = 98, 1, 99
-"""Token ids: the image placeholder, padding; text is 3..97."""
+IMAGE, VIDEO, PAD, VOCABULARY = 98, 2, 1, 99
+"""Token ids: the placeholders of images and clips, padding; text is 3..97."""
 
 LLAVA = ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2")
+QWEN_VL = ("qwen2-vl", "qwen2.5-vl")
 VLMS = (*LLAVA, "next")
-"""Names of `vlm`."""
+"""Names of `vlm`: those with LLaVA's vision half; `QWEN_VL` are the others."""
 
 VISION = ("vit", "vit-head", "clip", "siglip", "siglip-head", "dinov2", "dinov2-head", "dinov2-reg")
 TIMM = ("timm", "timm-reg-avg", "timm-distilled")
@@ -93,12 +98,38 @@ def text_config(kind: str = "llama", layers: int = 4) -> LlamaConfig | Qwen2Conf
     return LlamaConfig(num_key_value_heads=4, **settings)
 
 
-def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int = 16, **config: Any) -> Any:
-    """A LLaVA ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2") or LLaVA-NeXT ("next") with 4x4 patches.
+def qwen_vl(name: str, layers: int = 4, **config: Any) -> Any:
+    """Qwen2-VL or Qwen2.5-VL with a vision encoder of 5 layers and patches of 4x4 pixels.
 
-    `layers` is the depth of the language model; the vision tower has 5 layers, of which the output of the fourth is
-    used (SigLIP: all tokens). LLaVA-NeXT has crops of 4x4 patches and 2x2, 1x2, 2x1 layouts. `config` goes to the
-    LlavaConfig.
+    In Qwen2.5-VL layers 1 and 4 see the whole picture and the others windows of 2x2 cells; clips are timed.
+    """
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 1024, "pad_token_id": PAD,
+        "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    shared = {
+        "text_config": text, "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 0,
+        "vision_end_token_id": 0, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None,
+    }  # fmt: skip
+    tower: dict[str, Any] = {"depth": 5, "num_heads": 4, "patch_size": 4}
+    if name == "qwen2-vl":
+        tower |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(**shared | {"vision_config": tower} | config))
+    tower |= {
+        "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "window_size": 16,
+        "fullatt_block_indexes": [1, 4], "tokens_per_second": 3,
+    }  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**shared | {"vision_config": tower} | config))
+
+
+def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int = 16, **config: Any) -> Any:
+    """A LLaVA ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2"), LLaVA-NeXT ("next") or one of `QWEN_VL`.
+
+    `layers` is the depth of the language model; the vision tower has 4x4 patches and 5 layers, of which the output of
+    the fourth is used (SigLIP: all tokens; Qwen: see `qwen_vl`). LLaVA-NeXT has crops of 4x4 patches and 2x2, 1x2, 2x1
+    layouts. `config` goes to the model's configuration.
     """
     torch.manual_seed(seed)
     shared: dict[str, Any] = {"image_token_id": IMAGE, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None}
@@ -110,6 +141,8 @@ def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int 
             "image_grid_pinpoints": [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
         }  # fmt: skip
         model: Any = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared | config))
+    elif name in QWEN_VL:
+        model = qwen_vl(name, layers, **config)
     else:
         tower, language = name.split("-")
         shared |= {
@@ -217,24 +250,31 @@ def pixels(count: int = 1, seed: int = 0, side: int = 16) -> Tensor:
 
 
 def prompt(
-    model: Any, samples: list[tuple[int, ...]], *, sizes: list[tuple[int, int]] | None = None, seed: int = 0,
+    model: Any, samples: list[tuple[int, ...]], *, sizes: list[tuple[int, ...]] | None = None, seed: int = 0,
     padding: str = "left",
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Inputs of a LLaVA model: `input_ids`, `attention_mask`, `pixel_values` (and `image_sizes` for LLaVA-NeXT).
+    """Inputs of a vision-language model: `input_ids`, `attention_mask`, `pixel_values` and what else it takes.
 
     Args:
         samples: for each sample the numbers of text tokens before, between and after its images: (2, 5) is one image
             between 2 and 5 text tokens, (4,) text alone, (0, 3, 6) two images of which the first opens the prompt.
         sizes: LLaVA-NeXT: original (height, width) of each image of the batch, in order; default 24 x 12 pixels.
+            Qwen: (rows, columns) of patches of an image, default 8 x 8, or (temporal patches, rows, columns) of a clip.
         seed: text and pictures depend on it and on the sample's place in the batch only.
         padding: "left" or "right".
 
     A sample alone is `single(model, inputs, b)`. Both encode pictures: call them before methods are applied.
     """
     images = sum(len(sample) - 1 for sample in samples)
-    side = model.config.vision_config.image_size
+    side = getattr(model.config.vision_config, "image_size", 0)
     extra: dict[str, Tensor] = {}
-    if hasattr(model, "pack_image_features"):
+    tokens = [IMAGE] * images
+    if hasattr(model.model, "visual"):
+        grids = [(1, *size) if len(size) == 2 else size for size in sizes or [(8, 8)] * images]
+        extra = _packed(grids, sizes or [], seed)
+        lengths = [time * rows * columns // 4 for time, rows, columns in grids]
+        tokens = [VIDEO if sizes and len(sizes[i]) == 3 else IMAGE for i in range(images)]
+    elif hasattr(model, "pack_image_features"):
         sizes = sizes or [(24, 12)] * images
         crops = [_crops(model, size) for size in sizes]
         values = torch.zeros(images, max(crops, default=1), 3, side, side)
@@ -246,12 +286,14 @@ def prompt(
         values = torch.cat([pixels(1, seed * 1000 + i, side) for i in range(images)]) if images else torch.zeros(0)
         extra = {"pixel_values": values}
         lengths = [len(one) for one in _encode(model, extra)] if images else []
-    following, rows = iter(lengths), []
+    following, rows = iter(zip(tokens, lengths)), []
     for b, sample in enumerate(samples):
         generator = torch.Generator().manual_seed(seed * 1000 + b)
         row: list[int] = []
         for k, count in enumerate(sample):
-            row += [IMAGE] * next(following) if k else []
+            if k:
+                token, length = next(following)
+                row += [token] * length
             row += torch.randint(3, IMAGE, (count,), generator=generator).tolist()
         rows.append(row)
     longest = max(map(len, rows))
@@ -260,15 +302,21 @@ def prompt(
     for b, row in enumerate(rows):
         part = slice(longest - len(row), None) if padding == "left" else slice(0, len(row))
         ids[b, part], mask[b, part] = torch.tensor(row), 1
+    if hasattr(model.model, "visual"):
+        extra["mm_token_type_ids"] = (ids == IMAGE) + 2 * (ids == VIDEO)
     return {"input_ids": ids, "attention_mask": mask, **(extra if images else {})}
 
 
 def single(model: Any, inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
     """Sample `b` of a batch that `prompt` made (with `labels`, if there are), alone and without padding."""
     real = inputs["attention_mask"][b].bool()
-    alone = {
-        name: inputs[name][b : b + 1, real] for name in ("input_ids", "attention_mask", "labels") if name in inputs
+    alone: dict[str, Tensor] = {
+        name: inputs[name][b : b + 1, real]
+        for name in ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
+        if name in inputs
     }
+    if hasattr(model.model, "visual"):
+        return alone | _unpacked(inputs, b)
     if "pixel_values" not in inputs:
         return alone
     lengths = [len(one) for one in _encode(model, inputs)]
@@ -287,7 +335,44 @@ def single(model: Any, inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
     return alone
 
 
-def _crops(model: Any, size: tuple[int, int]) -> int:
+_PACKED = {"image": (IMAGE, "pixel_values"), "video": (VIDEO, "pixel_values_videos")}
+
+
+def _packed(grids: list[tuple[int, ...]], sizes: list[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Patches of Qwen's images and clips, each a row of 3 channels x 2 frames x 4 x 4 pixels, and their grids."""
+    values: dict[str, list[Tensor]] = {name: [] for name in _PACKED}
+    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in _PACKED}
+    for i, grid in enumerate(grids):
+        generator = torch.Generator().manual_seed(seed * 1000 + i)
+        count = math.prod(grid)
+        coarse = torch.randn(count, 3, 1, generator=generator).expand(count, 3, 32).reshape(count, 96)
+        name = "video" if sizes and len(sizes[i]) == 3 else "image"
+        values[name].append(coarse + 0.5 * torch.randn(count, 96, generator=generator))
+        shapes[name].append(grid)
+    found: dict[str, Tensor] = {}
+    for name, (_, pixels) in _PACKED.items():
+        if values[name]:
+            found |= {pixels: torch.cat(values[name]), f"{name}_grid_thw": torch.tensor(shapes[name])}
+    return found
+
+
+def _unpacked(inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
+    """The images and clips of sample `b`, out of what `_packed` made."""
+    found: dict[str, Tensor] = {}
+    for name, (token, pixels) in _PACKED.items():
+        if pixels not in inputs:
+            continue
+        grids = inputs[f"{name}_grid_thw"]
+        ends = grids.prod(1).cumsum(0)
+        wanted = (inputs["input_ids"] == token).sum(1).cumsum(0) * 4
+        start = int(wanted[b - 1]) if b else 0
+        mine = (ends > start) & (ends <= int(wanted[b]))
+        if bool(mine.any()):
+            found |= {pixels: inputs[pixels][start : int(wanted[b])], f"{name}_grid_thw": grids[mine]}
+    return found
+
+
+def _crops(model: Any, size: tuple[int, ...]) -> int:
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config = model.config

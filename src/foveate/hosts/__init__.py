@@ -10,6 +10,8 @@ from foveate.method import InputError, did_you_mean
 SUPPORTED: dict[str, str] = {
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava",
+    "Qwen2VLForConditionalGeneration": "qwen_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen_vl",
     "ViTModel": "vision",
     "ViTForImageClassification": "vision",
     "CLIPVisionModel": "vision",
@@ -41,6 +43,10 @@ def adapt(model: nn.Module) -> Host:
         from foveate.hosts.llava import LlavaHost
 
         return LlavaHost(model)
+    if SUPPORTED[name] == "qwen_vl":
+        from foveate.hosts.qwen_vl import QwenVLHost
+
+        return QwenVLHost(model)
     from foveate.hosts.vision import VisionHost
 
     return VisionHost(model)
