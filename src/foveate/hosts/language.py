@@ -110,6 +110,7 @@ class VisionLanguageHost(Host):
         self._past: list[Remembered] | None = None
         self._cache: Any = None
         self._late_mask: Tensor | None = None
+        self._given_positions: Tensor | None = None
         self._new = 0
         self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
 
@@ -185,6 +186,7 @@ class VisionLanguageHost(Host):
     def _note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = named(module, args, kwargs)
         labels, self._labels = self._labels, None
+        self._given_positions = given.get("position_ids")
         self._inputs = self.sequence = None
         outputs = {name: (given.get("mm_encoder_outputs") or {}).get(name) for name in self.modalities}
         fresh = [name for name, (pixels, _) in self.modalities.items() if given.get(pixels) is not None]
@@ -317,7 +319,8 @@ class VisionLanguageHost(Host):
         positions = (positions if positions.ndim == 3 else positions.unsqueeze(0)).expand(-1, batch, -1)
         present = torch.ones_like(number, dtype=torch.bool) if mask is None else mask.bool()
         index = torch.where(present, number, DROPPED)
-        whole = Sequence(index, None if bool(present.all()) else present, positions, tokens, where)
+        end = torch.where(present, positions[-3:], -1).amax((0, 2)) + 1
+        whole = Sequence(index, None if bool(present.all()) else present, positions, end, tokens, where)
         # Slots that lost their token leave the sequence; so does the padding, which is laid anew.
         gone = self._inputs.visual.to(embeds.device) > 0
         keep_slot = torch.zeros_like(gone)
@@ -390,11 +393,13 @@ class VisionLanguageHost(Host):
         """The sequence when its visual tokens have become `after`, and the old slot of each new one.
 
         A token takes the slot of the first token in it; slots are dealt out in sequence order, so that a method's own
-        order of tokens is the order in which the model sees them.
+        order of tokens is the order in which the model sees them. Where positions tell row and column, a token stays
+        where it was.
         """
         came_from = predecessors(before, after)
         slot = torch.where(came_from >= 0, sequence.slots.gather(1, came_from.clamp(min=0)), DROPPED)
-        slot = deal(slot)
+        if len(sequence.positions) == 1:
+            slot = deal(slot)
         keep = sequence.present.clone()
         filled = sequence.slots >= 0
         keep[filled.nonzero(as_tuple=True)[0], sequence.slots[filled]] = False
@@ -508,9 +513,14 @@ class VisionLanguageHost(Host):
         if mask is not None:
             after = mask[:, mask.shape[1] - late :].bool().to(device)
         before = torch.ones(1, past.head, dtype=torch.bool, device=device) if past.valid is None else past.valid
-        positions = past.start.unsqueeze(1) + after.long().cumsum(1).sub(1).clamp(min=0)
-        axes = len(past.sequence.positions)
-        return torch.cat([before.expand(batch, -1), after], 1), positions[:, -self._new :].expand(axes, -1, -1)
+        axes, given = len(past.sequence.positions), self._given_positions
+        if axes > 1 and given is not None:
+            # With several axes nothing is numbered anew, and what is given (generate does) holds for every layer.
+            positions = given if given.ndim == 3 else given.unsqueeze(0)
+        else:
+            positions = past.start.unsqueeze(1) + after.long().cumsum(1).sub(1).clamp(min=0)
+            positions = positions.expand(axes, -1, -1)
+        return torch.cat([before.expand(batch, -1), after], 1), positions[..., -self._new :]
 
     def _decode_layer(self, index: int, args: Any, kwargs: Any) -> Any:
         assert self._past is not None

@@ -19,6 +19,7 @@ class Sequence:
         index: (B, S) long, where each token stood in the sequence that the user gave; -1 for padding.
         valid: (B, S) bool, False for padding and for tokens hidden from attention; None if all can be seen.
         positions: (P, B, S) long position ids; P is 1, or the number of axes of the model's position ids.
+        end: (B,) long, the position of what comes after the prompt.
         tokens: the visual tokens among them.
         slots: (B, N) long, where each visual token stands in the sequence; -1 for padding.
     """
@@ -26,6 +27,7 @@ class Sequence:
     index: Tensor
     valid: Tensor | None
     positions: Tensor
+    end: Tensor
     tokens: Tokens
     slots: Tensor
 
@@ -70,11 +72,7 @@ class Remembered:
         ahead[:, :-1] |= (sequence.positions.diff() != 1).any(0)
         number = torch.arange(1, length + 1, device=ahead.device)
         head = int((ahead * number).max())
-        if head < length:
-            # Text has the same position on all axes.
-            start = sequence.positions[-1, :, head]
-        else:
-            start = torch.where(sequence.present, sequence.positions, -1).amax((0, 2)) + 1
+        start = sequence.end - (length - head)
         valid = None if sequence.valid is None else sequence.valid[:, :head]
         # What decoding asks of the visual tokens does not include their features.
         held = replace(sequence, tokens=sequence.tokens.with_x(sequence.tokens.x.detach()[..., :0]))
@@ -102,12 +100,17 @@ def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence,
     present = chosen >= 0
     index = torch.where(present, sequence.index.gather(1, filled), DROPPED)
     valid = present if sequence.valid is None else present & sequence.valid.gather(1, filled)
-    if renumber and len(sequence.positions) == 1:
-        positions = present.long().cumsum(1).sub(1).clamp(min=0).unsqueeze(0)
+    consecutive = present.long().cumsum(1).sub(1).clamp(min=0).unsqueeze(0)
+    axes, end = len(sequence.positions), sequence.end
+    if renumber and axes == 1:
+        positions, end = consecutive, present.sum(1)
     else:
-        positions = sequence.positions.gather(2, filled.expand(len(sequence.positions), -1, -1)) * present
+        positions = sequence.positions.gather(2, filled.expand(axes, -1, -1)) * present
+        if axes == 4:
+            # The first axis turns no key: it numbers the tokens for attention that takes a gap for another sequence.
+            positions = torch.cat([consecutive, positions[1:]])
     whole = None if bool(valid.all()) else valid
-    return replace(sequence, index=index, valid=whole, positions=positions), chosen
+    return replace(sequence, index=index, valid=whole, positions=positions, end=end), chosen
 
 
 def deal(slot: Tensor) -> Tensor:
