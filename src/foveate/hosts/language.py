@@ -23,12 +23,12 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from foveate.hosts.host import Host, Record, named, split_read
-from foveate.hosts.sequence import Prefill, Remembered, Sequence, deal, reslot, shorten, take
+from foveate.hosts.sequence import Prefill, Remembered, Sequence, deal, reslot, shorten
 from foveate.hosts.signals import LanguageSignals
 from foveate.hosts.taps import Tap, tap_transformers
 from foveate.method import InputError
 from foveate.nn.calls import AttentionCall, MlpCall
-from foveate.tokens import DROPPED, Tokens, predecessors
+from foveate.tokens import DROPPED, Tokens, predecessors, put, take
 
 _PREFILL = "foveate_prefill"
 """The attribute of a cache that holds a `Prefill`."""
@@ -379,9 +379,7 @@ class VisionLanguageHost(Host):
         shorter, order = self._without(sequence, tokens, result, self.plan["llm.layer"].renumbers)
         hidden = take(hidden, order)
         # Features of merged or changed tokens; for kept ones this writes what is there.
-        target = torch.where(shorter.slots >= 0, shorter.slots, hidden.shape[1])
-        padded = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])], 1)
-        hidden = padded.scatter(1, target.unsqueeze(-1).expand_as(result.x), result.x.to(hidden.dtype))[:, :-1]
+        hidden = put(hidden, shorter.slots, result.x)
         # Without features, which would stay in memory.
         self.sequence = replace(shorter, tokens=result.with_x(result.x.detach()[..., :0]))
         self._masks = self._attend(hidden, shorter.valid, shorter.positions, None, 0)

@@ -4,19 +4,61 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.hosts.cells import Cells, CellSignals
+from foveate.hosts.host import Record
 from foveate.hosts.language import EncodedImage, VisionLanguageHost
 from foveate.hosts.sequence import deal
 from foveate.hosts.vision import Encoder, VisionSignals
 from foveate.method import Crops, HostShape, InputError
-from foveate.tokens import DROPPED, Tokens
+from foveate.tokens import DROPPED, Tokens, put
 
-_NEWLINE = -1
-"""In a stream of slot numbers: LLaVA-NeXT's end-of-row token, which belongs to no patch."""
+NEWLINE = -1
+"""In a stream of slot numbers: a token of the model that ends a row of crops or a picture and belongs to no patch."""
+Encode = Callable[..., Any]
+"""A method of the model that turns pixels into features."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How one picture's rows of slots (of its crops or frames) become the features that the language model gets.
+
+    Attributes:
+        rows: how many there are.
+        grid: (rows, columns) of crops after a thumbnail, (0, 0) without crops.
+        stream: (n,) long, the slot (row * slots of a row + number) of each feature, `NEWLINE` for newlines.
+    """
+
+    rows: int
+    grid: tuple[int, int]
+    stream: Tensor
+
+    def packed(self, width: int) -> Tensor:
+        """(rows, width) bool: which slots are among the features; the others are padding."""
+        here = torch.zeros(self.rows * width, dtype=torch.bool)
+        here[self.stream[self.stream >= 0]] = True
+        return here.reshape(self.rows, width)
+
+    def survivors(self, kept: Tensor) -> Tensor:
+        """(n,) bool: which features stay, of kept (rows, width) slots.
+
+        A newline stays when its whole row did; one that ends a picture without crops when anything of it did.
+        """
+        alive = kept.reshape(-1)[self.stream.clamp(min=0)].clone()
+        ends = (self.stream == NEWLINE).nonzero().squeeze(1).tolist()
+        # The first row of crops begins after the thumbnail.
+        start = kept.shape[1] if self.grid != (0, 0) else 0
+        for end in ends:
+            row = alive[start:end]
+            alive[end] = row.any() if self.grid == (0, 0) else row.all()
+            start = end + 1
+        return alive
 
 
 class LlavaHost(VisionLanguageHost):
@@ -46,13 +88,40 @@ class LlavaHost(VisionLanguageHost):
             llm_layers=self.depth,
             class_token=self.encoder.class_token,
         )
-        self.crops: Tokens | None = None
-        # From the projector to the language model.
-        self._seen_slots: Tensor | None = None
+        self._acts = False
+        # Of the pictures that are being encoded: the grid of what a row has for source patches, how rows are packed,
+        # and what the rows have become, without features: their tokens, and on which slots those are.
+        self._grid = self.shape.grid
+        self._packings: list[Packing] = []
+        self._cells: Cells | None = None
+        self._tokens: Tokens | None = None
         self._slots: Tensor | None = None
+        self._entered: Tensor | None = None
 
     def grid(self) -> tuple[int, int]:
-        return self.encoder.source_grid
+        return self._grid
+
+    def units(self, pixels: Tensor) -> tuple[int, int]:
+        """(rows, columns) of what the stages behind the encoder take for source patches, of pictures (…, H, W)."""
+        return self.encoder.grid_of(pixels)
+
+    def recall(self, modality: str, encoded: Any) -> list[EncodedImage | None]:
+        if not isinstance(encoded.pooler_output, Tensor):
+            return super().recall(modality, encoded)
+        images = getattr(encoded, "foveate", None)
+        if images is None:
+            return [None] * len(encoded.pooler_output)
+        # For beams, generate repeats the pictures of each sample: [A, B] and [C] become [A, B, A, B] and [C, C].
+        copies = len(encoded.pooler_output) // len(images)
+        assert self._inputs is not None
+        number = list(self.modalities).index(modality) + 1
+        upcoming, repeated = iter(images), []
+        for places in (self._inputs.visual == number).sum(1).tolist()[::copies]:
+            mine: list[EncodedImage] = []
+            while sum(len(image.alive) for image in mine) < places:
+                mine.append(next(upcoming))
+            repeated += mine * copies
+        return repeated
 
     # -- hooks
 
@@ -63,156 +132,192 @@ class LlavaHost(VisionLanguageHost):
                 f"{between.card.slug} changes the number of tokens between encoder layers; this "
                 f"model joins the features of several, {self.config.vision_feature_layer}"
             )
-        if layers or any(stage.startswith("vision") or stage == "projector" for stage in self.plan):
+        self._acts = bool(layers) or any(stage.startswith(("vision", "projector")) for stage in self.plan)
+        if self._acts:
             self.encoder.hook(layers)
             self.pre(self.inner.multi_modal_projector, self._before_projector)
             self.post(self.inner.multi_modal_projector, self._after_projector)
+        self.watch("get_image_features", self._encode_pictures)
 
-        encode = self.inner.get_image_features
+    def watch(self, name: str, instead: Callable[[Encode, dict[str, Any]], Any]) -> None:
+        """Calls of the model's encoding method go to `instead(method, arguments)`."""
+        encode = getattr(self.inner, name)
+        signature = inspect.signature(encode)
 
         @functools.wraps(encode)
         def noting_provenance(*args: Any, **kwargs: Any) -> Any:
-            self.trace, self.crops = [], None
-            given = inspect.signature(encode).bind(*args, **kwargs).arguments
-            for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-                if given.get(name) not in (None, getattr(self.config, name)):
-                    raise InputError(f"{name} must be set in the config before methods are applied, not in a call")
-            sizes = given.get("image_sizes")
-            self._seen_slots = self._packed_slots(sizes)
-            self.encoder.pictures = self._pictures(sizes)
-            output = encode(*args, **kwargs)
-            features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
-            self.encoded["image"] = self._provenance(features, sizes)
-            for one, image in zip(features, self.encoded["image"]):
-                one.foveate = image
-            return output
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            given |= given.pop("kwargs", {})
+            for setting in ("vision_feature_layer", "vision_feature_select_strategy"):
+                if given.get(setting) not in (None, getattr(self.config, setting)):
+                    raise InputError(f"{setting} must be set in the config before methods are applied, not in a call")
+            self.trace = []
+            return instead(encode, given)
 
-        self.replace(self.inner, "get_image_features", noting_provenance)
+        self.replace(self.inner, name, noting_provenance)
 
-    # -- projector
+    def _encode_pictures(self, encode: Encode, given: dict[str, Any]) -> Any:
+        self._begin(given["pixel_values"], self._pack_numbers(given))
+        self.encoder.pictures = pictures(self._packings, self._kept_prefix, self._width)
+        output = encode(**given)
+        self.encoded["image"] = self._provenance(tuple(self.trace))
+        attach(output, self.encoded["image"])
+        return output
 
-    def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        encoder = self.encoder
-        features = args[0]
-        tokens = encoder.after(self.shape.feature_layer)
-        prefix = features.shape[1] - tokens.x.shape[1]
-        before = tokens = tokens.with_x(features[:, prefix:])
-        if "vision.output" in self.plan:
-            tokens = encoder._run("vision.output", -1, tokens)
-        encoder.clear()
-        self.crops = tokens
-        if tokens is before:
-            return None
-        return (torch.cat([features[:, :prefix], tokens.x], 1), *args[1:]), kwargs
-
-    def _after_projector(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        assert self.crops is not None
-        prefix = output.shape[1] - self.crops.x.shape[1]
-        before = tokens = self.crops.with_x(output[:, prefix:])
-        if "projector" in self.plan:
-            entered = self.encoder._steps[0][1].count
-            tokens = self.run(self.stage("projector", -1, VisionSignals(self.encoder, tokens), entered), tokens)
-        self.crops = tokens
-        slots = spread(tokens, self._seen_slots)
-        self._slots = slots
-        number = torch.arange(tokens.source.shape[1], device=slots.device)
-        if tokens is before and torch.equal(slots, number.expand(slots.shape[0], -1)):
-            return None
-        full = tokens.x.new_zeros(tokens.x.shape[0], tokens.source.shape[1] + 1, tokens.x.shape[2])
-        # Padding is written to one slot too many, which is cut off.
-        target = torch.where(slots >= 0, slots, tokens.source.shape[1])
-        full = full.scatter(1, target.unsqueeze(-1).expand_as(tokens.x), tokens.x)
-        return torch.cat([output[:, :prefix], full[:, :-1]], 1)
-
-    # -- where features come from
-
-    def _provenance(self, features: list[Tensor], sizes: Tensor | None) -> list[EncodedImage]:
-        """One `EncodedImage` for each image's features (n, D)."""
-        crops = self.crops
-        rows, columns = self.shape.grid
-        patches = rows * columns if crops is None else crops.source.shape[1]
-        prefix, width = self._kept_prefix, self._kept_prefix + patches
-        place = Tokens.from_grid(torch.zeros(1, patches, 0), self._layout(patches)).position[0]
-        place = torch.cat([torch.zeros(prefix, 3), place])
-        records, images, first = tuple(self.trace), [], 0
-        for stream in self._streams(features, sizes, width):
-            count = int(stream.max()) // width + 1
-            real = stream >= 0
-            owner = torch.full((count * width,), DROPPED)
-            owner[stream[real]] = torch.arange(len(stream))[real]
-            owner = owner.reshape(count, width)[:, prefix:]
-            position = place.repeat(count, 1, 1)
-            kept = torch.ones(count, width, dtype=torch.bool)
-            if crops is not None:
-                assert self._slots is not None
-                slots = self._slots[first : first + count].cpu()
-                source = crops.source[first : first + count].cpu()
-                kept[:, prefix:] = False
-                row, token = (slots >= 0).nonzero(as_tuple=True)
-                kept[row, prefix + slots[row, token]] = True
-                position[row, prefix + slots[row, token]] = crops.position[first : first + count].cpu()[row, token]
-                slot = torch.where(source >= 0, slots.gather(1, source.clamp(min=0)), DROPPED)
-                owner = torch.where(slot >= 0, owner.gather(1, slot.clamp(min=0)), DROPPED)
-            position[..., 0] = torch.arange(count).unsqueeze(1)
-            alive = _survivors(stream, kept.reshape(-1), width)
-            where = position.reshape(-1, 3)[stream.clamp(min=0)]
-            marks = {name: values[first : first + count].reshape(-1) for name, values in self.marks.items()}
-            images.append(EncodedImage(alive, where, owner.reshape(-1), count, records, marks))
-            first += count
-        return images
-
-    def _layout(self, patches: int) -> tuple[int, int]:
-        rows, columns = self.encoder.source_grid if self.crops is not None else self.shape.grid
-        return (rows, columns) if rows * columns == patches else (1, patches)
+    def _begin(self, pixels: Tensor, packings: list[Packing]) -> None:
+        """Before pictures (…, H, W) are encoded together that are packed like that."""
+        self._grid = self.units(pixels)
+        self._packings = packings
+        self._cells = self._tokens = self._slots = None
 
     @property
     def _kept_prefix(self) -> int:
         """Tokens before the patches of each crop that the model takes for visual ones."""
         return self.encoder.prefix - (1 if self._select == "default" else 0)
 
-    def _packed_slots(self, sizes: Tensor | None) -> Tensor | None:
-        """(crops, patches) bool: which patches are left when the crops are packed; None if all are."""
-        if not hasattr(self.inner, "pack_image_features") or sizes is None:
-            return None
-        rows, columns = self.shape.grid
-        width, left = self._kept_prefix + rows * columns, []
-        for stream in self._streams([], sizes, width):
-            left.append(torch.zeros((int(stream.max()) // width + 1) * width, dtype=torch.bool))
-            left[-1][stream[stream >= 0]] = True
-        return torch.cat(left).reshape(-1, width)[:, self._kept_prefix :]
+    @property
+    def _width(self) -> int:
+        """Slots of a row: the prefix that is kept, and the source patches."""
+        return self._kept_prefix + self._grid[0] * self._grid[1]
 
-    def _pictures(self, sizes: Tensor | None) -> tuple[Crops, ...] | None:
-        """Which crops belong to one picture; None where each picture is one row."""
-        if self._seen_slots is None:
-            return None
-        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
-        assert sizes is not None
-        pictures, first = [], 0
-        for size in sizes:
-            side = self.config.vision_config.image_size
-            rows, columns = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, side)
-            here = slice(first, first + 1 + rows * columns)
-            pictures.append(Crops(here, (rows, columns), self._seen_slots[here]))
-            first = here.stop
-        return tuple(pictures)
-
-    def _streams(self, features: list[Tensor], sizes: Tensor | None, width: int) -> list[Tensor]:
-        """Per image, the slot (crop * width + slot) of each of its features, _NEWLINE for newlines."""
+    def _pack_numbers(self, given: dict[str, Any]) -> list[Packing]:
+        """The packing of each picture, given the arguments of the encoding method."""
+        pixels = given["pixel_values"]
+        rows, columns = self.units(pixels)
+        width = self._kept_prefix + rows * columns
         if not hasattr(self.inner, "pack_image_features"):
-            return [torch.arange(len(one)) for one in features]
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+            return [Packing(1, (0, 0), torch.arange(width))] * len(pixels)
+        from transformers.models.llava_next.modeling_llava_next import (
+            get_anyres_image_grid_shape,
+            image_size_to_num_patches,
+        )
 
         # The model's own packing, run on slot numbers instead of features, tells where every patch goes.
-        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        assert sizes is not None
-        numbered = [
-            torch.arange(int(image_size_to_num_patches(size, pinpoints, side)) * width).reshape(-1, width, 1).double()
-            for size in sizes
+        sizes, where = given["image_sizes"], (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        counts = [int(image_size_to_num_patches(size, *where)) for size in sizes]
+        newline = torch.full((1,), float(NEWLINE), dtype=torch.float64)
+        streams, _ = self.inner.pack_image_features(numbered(counts, width), sizes, self._select, newline)
+        return [
+            Packing(count, get_anyres_image_grid_shape(size, *where), stream.squeeze(-1).long())
+            for count, size, stream in zip(counts, sizes, streams)
         ]
-        newline = torch.full((1,), float(_NEWLINE), dtype=torch.float64)
-        packed, _ = self.inner.pack_image_features(numbered, sizes, self._select, newline)
-        return [one.squeeze(-1).long() for one in packed]
+
+    # -- projector
+
+    def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        features, prefix = args[0], self._kept_prefix
+        before = self._leaving(features)
+        self._tokens = tokens = self._act("vision.output", before)
+        if tokens is before and tokens.x.shape[1] == features.shape[1] - prefix:
+            return None
+        return (torch.cat([features[:, :prefix], tokens.x], 1), *args[1:]), kwargs
+
+    def _after_projector(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        assert self._tokens is not None
+        prefix = self._kept_prefix
+        before = self._tokens.with_x(output[:, prefix:])
+        tokens = self._act("projector", before)
+        self.encoder.clear()
+        full = self._lay_out(tokens)
+        if tokens is before and torch.equal(full, tokens.x):
+            return None
+        return torch.cat([output[:, :prefix], full], 1)
+
+    def _leaving(self, features: Tensor) -> Tokens:
+        """The tokens at "vision.output", of the features (rows, prefix + K, D) that the projector gets."""
+        self._entered = self.encoder.entered
+        return self.encoder.after(self.shape.feature_layer).with_x(features[:, self._kept_prefix :])
+
+    def _act(self, stage: str, tokens: Tokens) -> Tokens:
+        """Lets the method of a stage behind the encoder act."""
+        if stage not in self.plan:
+            return tokens
+        signals = VisionSignals(self.encoder, tokens)
+        if self._cells is not None:
+            signals = CellSignals(self.encoder, tokens, self._cells)
+        assert self._entered is not None
+        return self.run(self.stage(stage, -1, signals, self._entered), tokens)
+
+    def _note_marks(self) -> None:
+        """What was noted of the encoder's patches becomes what is noted of cells."""
+        assert self._cells is not None
+        carried = torch.ones_like(self.encoder.during(0).source, dtype=torch.bool)
+        self.marks = {
+            name: self._cells.of_source(values.float().unsqueeze(-1), carried).squeeze(-1)
+            for name, values in self.marks.items()
+        }
+
+    def _lay_out(self, tokens: Tokens) -> Tensor:
+        """(rows, M, D): the tokens on as many slots as the model expects, zeros between."""
+        packed = [one.packed(self._width)[:, self._kept_prefix :] for one in self._packings]
+        self._slots = spread(tokens, torch.cat(packed).reshape(-1, tokens.source.shape[1]))
+        # Without features, which would stay in memory.
+        self._tokens = tokens.with_x(tokens.x.detach()[..., :0])
+        return put(tokens.x.new_zeros(*tokens.source.shape, tokens.x.shape[2]), self._slots, tokens.x)
+
+    # -- where features come from
+
+    def _provenance(self, records: tuple[Record, ...]) -> list[EncodedImage]:
+        """One `EncodedImage` for each picture."""
+        tokens, prefix, width = self._tokens, self._kept_prefix, self._width
+        patches = width - prefix
+        place = Tokens.from_grid(torch.zeros(1, patches, 0), self._grid).position[0]
+        place = torch.cat([torch.zeros(prefix, 3), place])
+        images, first = [], 0
+        for packing in self._packings:
+            count, stream = packing.rows, packing.stream
+            real = stream >= 0
+            owner = torch.full((count * width,), DROPPED)
+            owner[stream[real]] = torch.arange(len(stream))[real]
+            owner = owner.reshape(count, width)[:, prefix:]
+            position = place.repeat(count, 1, 1)
+            kept = torch.ones(count, width, dtype=torch.bool)
+            here = slice(first, first + count)
+            if tokens is not None:
+                assert self._slots is not None
+                slots, source = self._slots[here].cpu(), tokens.source[here].cpu()
+                kept[:, prefix:] = False
+                row, token = (slots >= 0).nonzero(as_tuple=True)
+                kept[row, prefix + slots[row, token]] = True
+                position[row, prefix + slots[row, token]] = tokens.position[here].cpu()[row, token]
+                slot = torch.where(source >= 0, slots.gather(1, source.clamp(min=0)), DROPPED)
+                owner = torch.where(slot >= 0, owner.gather(1, slot.clamp(min=0)), DROPPED)
+            position[..., 0] = torch.arange(count).unsqueeze(1)
+            where = position.reshape(-1, 3)[stream.clamp(min=0)]
+            marks = {name: values[here].reshape(-1) for name, values in self.marks.items()}
+            images.append(EncodedImage(packing.survivors(kept), where, owner.reshape(-1), count, records, marks))
+            first += count
+        return images
+
+
+def numbered(counts: list[int], width: int) -> list[Tensor]:
+    """For pictures of so many rows, (rows, width, 1) float64 numbers in place of features."""
+    return [torch.arange(count * width, dtype=torch.float64).reshape(count, width, 1) for count in counts]
+
+
+def pictures(packings: list[Packing], prefix: int, width: int) -> tuple[Crops, ...]:
+    """Which rows belong together; their slots have `prefix` ones that are no patches."""
+    found, first = [], 0
+    for packing in packings:
+        found.append(Crops(slice(first, first + packing.rows), packing.grid, packing.packed(width)[:, prefix:]))
+        first += packing.rows
+    return tuple(found)
+
+
+def singles(rows: int, patches: int, device: torch.device) -> tuple[Crops, ...]:
+    """Each row is a picture of its own."""
+    whole = torch.ones(1, patches, dtype=torch.bool, device=device)
+    return tuple(Crops(slice(row, row + 1), (0, 0), whole) for row in range(rows))
+
+
+def attach(output: Any, images: list[EncodedImage]) -> None:
+    """Lets provenance ride on the features of an encoder's output, or on the output where they are one tensor."""
+    features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
+    if not isinstance(features, Tensor):
+        for one, image in zip(features, images):
+            one.foveate = image
+    elif hasattr(output, "pooler_output"):
+        output.foveate = images
 
 
 def spread(tokens: Tokens, packed: Tensor | None = None) -> Tensor:
@@ -224,21 +329,10 @@ def spread(tokens: Tokens, packed: Tensor | None = None) -> Tensor:
     count, patches = tokens.x.shape[1], tokens.source.shape[1]
     batch, device = tokens.source.shape[0], tokens.source.device
     number = torch.arange(patches, device=device).expand(batch, -1)
-    if packed is not None and packed.shape == number.shape:
+    if packed is not None:
         number = torch.where(packed.to(device), number, number + patches)
     first = number.new_full((batch, count + 1), 2 * patches)
     first.scatter_reduce_(1, tokens.source % (count + 1), number, "amin")
     first = first[:, :count]
     slot = torch.where((first < 2 * patches) & tokens.mask(), first % patches, DROPPED)
     return deal(slot)
-
-
-def _survivors(stream: Tensor, kept: Tensor, width: int) -> Tensor:
-    """(n,) bool: which features of an image stay. A newline stays when its whole row did."""
-    alive = kept[stream.clamp(min=0)].clone()
-    # The first row begins after the `width` features of the thumbnail; with one crop, that is the only row.
-    start = width if int(stream.max()) >= width else 0
-    for end in (stream == _NEWLINE).nonzero().squeeze(1).tolist():
-        alive[end] = bool(alive[start:end].all())
-        start = end + 1
-    return alive

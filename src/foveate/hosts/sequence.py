@@ -132,8 +132,3 @@ def reslot(order: Tensor, slots: Tensor) -> Tensor:
     )
     new[:, -1] = DROPPED
     return new.gather(1, torch.where(slots >= 0, slots, longest))
-
-
-def take(states: Tensor, index: Tensor) -> Tensor:
-    """(B, K, D): rows `index` (B, K) of `states` (B, S, D); -1 takes row 0."""
-    return states.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[2]))

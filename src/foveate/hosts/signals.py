@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from foveate.hosts.sequence import Sequence, take
+from foveate.hosts.sequence import Sequence
 from foveate.method import Crops, InputError
 from foveate.nn.attention import Attention, attention_rows
-from foveate.tokens import DROPPED, compact, predecessors
+from foveate.tokens import DROPPED, compact, predecessors, take
 
 if TYPE_CHECKING:
     from foveate.hosts.language import VisionLanguageHost
@@ -159,5 +159,6 @@ def _heads(projected: Tensor, head_dim: int) -> Tensor:
 def _rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position encoding of (B, H, S, D) with cos, sin (B, S, D), by the function of the model's own file."""
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    rotated: Tensor = rotate(states, states, cos, sin)[0]
+    # It rotates queries and keys; of no heads costs nothing.
+    rotated: Tensor = rotate(states, states[:, :0], cos, sin)[0]
     return rotated
