@@ -29,6 +29,10 @@ class StubSignals:
     def attention(self, layer: int) -> Attention:
         return self._given["attention"][layer]
 
+    def received(self, layer: int) -> Tensor:
+        attention = self.attention(layer)
+        return attention.received().gather(1, attention.visual)
+
     def keys(self, layer: int) -> Tensor:
         return self._given["keys"][layer]
 

@@ -111,8 +111,10 @@ class FoPru(Method):
         layer = self._layer(at.host)
         if self.queries == "class":
             score = at.signals.cls_attention(layer)
-        else:
+        elif self.queries == "patches" and at.host.prefix:
             score = significance(at.signals.attention(layer), self.queries, at.host.prefix)
+        else:
+            score = at.signals.received(layer)
         if self.strategy == "rank":
             return tokens.keep(topk_in_order(score, floor_share(tokens.count, self.keep), tokens.valid))
         return tokens.keep(best_rows(score, tokens, at.signals.grid()[0], self.keep))

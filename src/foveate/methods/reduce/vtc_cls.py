@@ -114,5 +114,4 @@ def _attended(layer: int, at: Stage) -> torch.Tensor:
     """(B, N): what the class token pays each patch; without one, what each patch receives from all (ours)."""
     if at.host.class_token:
         return at.signals.cls_attention(layer)
-    attention = at.signals.attention(layer)
-    return attention.received().gather(1, attention.visual)
+    return at.signals.received(layer)
