@@ -227,6 +227,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _vlm("llava-1.5-7b", 7_063_427_072, "llava-hf/llava-1.5-7b-hf", _VICUNA_7B),
         _vlm("llava-1.5-13b", 13_351_494_656, "llava-hf/llava-1.5-13b-hf", _VICUNA_13B),
         _vlm("llava-next-7b", 7_063_431_168, "llava-hf/llava-v1.6-vicuna-7b-hf", _VICUNA_7B, "LlavaNext"),
+        _vlm("llava-next-13b", 13_351_499_776, "llava-hf/llava-v1.6-vicuna-13b-hf", _VICUNA_13B, "LlavaNext"),
         _vlm("llava-next-llama3-8b", 8_355_276_800, "llava-hf/llama3-llava-next-8b-hf", _LLAMA3_8B, "LlavaNext"),
         Architecture(
             "llava-onevision-7b", "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", 8_030_348_832,
