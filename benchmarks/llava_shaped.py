@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from foveate.method import Method
 from foveate.tokens import Tokens
 
 RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).resolve().parent.parent
 _PLACEHOLDER = 1
 
 
@@ -134,11 +136,20 @@ def write(name: str, options: argparse.Namespace, results: dict[str, Any]) -> No
     """benchmarks/results/<name>.json: the results, the options, and what they were measured with."""
     dtype = getattr(torch, getattr(options, "dtype", "float32"))
     about = environment(getattr(options, "device", "cpu"), dtype, options.seed)
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    about["command"] = shlex.join(portable(one) for one in shlex.split(about["command"]))
+    plain = {key: portable(value) for key, value in vars(options).items()}
     write_bytes(
         RESULTS / f"{name}.json",
         json.dumps({"environment": about, "options": plain, **results}, indent=2).encode() + b"\n",
     )
+
+
+def portable(value: Any) -> Any:
+    """Paths of one machine become relative to the repository, or a bare name outside of it; the rest stays."""
+    if isinstance(value, str | Path) and Path(value).is_absolute():
+        path = Path(value).resolve()
+        return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else path.name
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -2,6 +2,12 @@
 
 Measured from the projector's entry to the language model's exit (`llm`: scoring, merging and dropping are in it), and
 on the whole forward (`model`).
+
+FLOPs are counted on both sides alike: matrix products, convolutions and attention of the real run, a method's own
+scoring included; softmax, norms, sorting and copying take time and count nothing. Causal attention counts as the full
+square on both sides, although the kernel skips half of it: the FLOPs that shorter attention saves are thus rather over-
+than underrated, which makes the goal harder. One thread measures best: what is left besides matrix products then weighs
+what it costs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What looking costs: a prefill in which a method scores and selects but nothing is dropped, against plain dense SDPA.
 
-Goal: at most 3 % of the time, and no attention map of the whole sequence in memory. Beside it stands the usual way to
-get at attention, eager attention with `output_attentions=True`. AIM needs the whole map of the layers at which it
-prunes (it iterates on it); it takes a few heads at a time.
+Goals: at most 3 % of the time, and no attention map of the whole sequence in memory, not even of one head: the largest
+tensor with two axes of a sequence's length (`largest_sequence_by_sequence`) has 0 bytes. Beside it stands the usual way
+to get at attention, eager attention with `output_attentions=True`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes, and the largest whose last two axes are both a sequence."""
+    """Notes the largest tensor that any operation makes, and the largest with two axes of a sequence's length.
 
-    def __init__(self, lengths: set[int]) -> None:
+    Args:
+        lengths: of the sequences.
+        heads: of the attentions. Heads and rows may be in one axis.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], heads: tuple[int, ...]) -> None:
         super().__init__()
-        self.lengths = lengths
+        self.columns = set(lengths)
+        self.rows = {length * count for length in lengths for count in (1, *heads)}
         self.largest: tuple[int, tuple[int, ...], str] = (0, (), "")
         self.maps: tuple[int, tuple[int, ...], str] = (0, (), "")
 
@@ -50,7 +56,7 @@ class LargestTensor(TorchDispatchMode):
             taken = min(one.untyped_storage().nbytes(), math.prod(one.shape) * one.element_size())
             found = (taken, tuple(one.shape), str(func))
             self.largest = max(self.largest, found)
-            if one.ndim >= 2 and one.shape[-1] in self.lengths and one.shape[-2] in self.lengths:
+            if one.ndim >= 2 and one.shape[-1] in self.columns and self.rows.intersection(one.shape[:-1]):
                 self.maps = max(self.maps, found)
         return output
 
@@ -75,7 +81,8 @@ def main() -> None:
         return model(**inputs, use_cache=True, logits_to_keep=1, output_attentions=True)
 
     visual = options.grid**2
-    lengths = {visual, visual + 1, visual + options.text}
+    lengths = visual, visual + 1, visual + options.text
+    heads = max(1, options.width // 64), max(1, options.vision_width // 64)
     plain_flops = count_flops(dense)
 
     def measured(context: Callable[[], AbstractContextManager[Any]], run: Callable[[], Any] = dense) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def main() -> None:
         timing = interleave(lambda: once(nullcontext(), dense), lambda: once(context(), run), options.pairs)
         with context():
             flops = count_flops(run)
-            with LargestTensor(lengths) as tensors:
+            with LargestTensor(lengths, heads) as tensors:
                 run()
             peak = peak_bytes(run, options.device)
         return {
@@ -102,7 +109,8 @@ def main() -> None:
         results[slug] = measured(lambda method=method: apply(model, method))  # type: ignore[misc]
         print(slug, results[slug]["time_ratio"], results[slug]["largest_sequence_by_sequence"])
     results["eager with output_attentions"] = measured(lambda: eagerly(model), with_attentions)
-    write("scoring_overhead", options, {"goal": "time_ratio <= 1.03", "results": results})
+    goal = "time_ratio <= 1.03, largest_sequence_by_sequence 0 bytes"
+    write("scoring_overhead", options, {"goal": goal, "results": results})
 
 
 if __name__ == "__main__":
