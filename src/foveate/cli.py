@@ -10,6 +10,7 @@ import ast
 import contextlib
 import errno
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from foveate.data.samples import Sample
+    from foveate.method import Claim
 
 DEFAULT_MODEL = "tiny-llava"
 DEFAULT_QUESTIONS = 256
@@ -125,7 +127,9 @@ def _root(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Option(help="Shipped model, local folder, or hub id OWNER/NAME (which is downloaded).")
+    ] = DEFAULT_MODEL,
     image: Annotated[list[Path] | None, typer.Option(help="A picture to ask --prompt about; may be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The question about every --image.")] = None,
     dataset: Annotated[
@@ -138,7 +142,9 @@ def compare(
             "scenes, so that it takes minutes; otherwise all."
         ),
     ] = None,
-    keep: Annotated[str, typer.Option(help="Comma-separated budgets in (0, 1].")] = "0.5,0.25,0.1",
+    keep: Annotated[
+        str, typer.Option(help="Comma-separated budgets in (0, 1]: the share of visual tokens that each may spend.")
+    ] = "0.5,0.25,0.1",
     out: Annotated[Path, typer.Option(help="Folder for report.html and comparison.json.")] = Path("foveate-out"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -224,6 +230,8 @@ def _run_comparison(
     )
     write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
     (out / _PARTIAL).unlink(missing_ok=True)
+    if words := _unknown_words(processor, samples):
+        print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
     console.print(comparison_table(comparison))
     console.print()
     console.print(Text(f"Choice: {reason(comparison)}", style="bold"))
@@ -309,14 +317,18 @@ def _load(name: str, source: str, device: str, dtype: str) -> tuple[Any, Any]:
     `source` is what `_source(name)` found, and what transformers gets.
     """
     import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     from transformers.utils import logging
 
     from foveate.hosts import SUPPORTED
 
-    # Its bar for reading weights is a matter of moments; that of downloads is the hub's own, and stays.
+    # Its bar for reading weights is a matter of moments; that of downloads is the hub's own, and stays. The hub's
+    # warnings are one for every try to reach it, before the error that ends here in one line.
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     usable = [one for one in SUPPORTED if one in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()]
     kind = {"auto": "auto" if device != "cpu" else torch.float32}.get(dtype) or getattr(torch, dtype)
     try:
@@ -331,7 +343,7 @@ def _load(name: str, source: str, device: str, dtype: str) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shipped = ", ".join(_shipped())
         raise InputError(f"{name} cannot be loaded: {reason[:300]} (models shipped here: {shipped})") from None
@@ -369,6 +381,16 @@ def _shipped() -> list[str]:
 
     configs = {name: json.loads((zoo.path(name) / "config.json").read_text(encoding="utf-8")) for name in zoo.names()}
     return [name for name, config in configs.items() if "model_type" in config]
+
+
+def _unknown_words(processor: Any, samples: Sequence[Sample], most: int = 5) -> list[str]:
+    """Up to `most` words of the prompts that a model with whole words for tokens does not know."""
+    tokenizer = processor.tokenizer
+    if tokenizer.unk_token_id is None:
+        return []
+    words = dict.fromkeys(word for sample in samples for word in sample.prompt.split())
+    unknown = (w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"])
+    return [repr(word[:40]) for word in itertools.islice(unknown, most)]
 
 
 def _seen(processor: Any, picture: Image.Image) -> Image.Image:
@@ -448,9 +470,10 @@ def _describe(cls: type[Method]) -> None:
     paragraphs = (" ".join(one.split()) for one in (inspect.getdoc(cls) or card.summary).split("\n\n"))
     console.print(Text("\n\n".join(paragraphs)), soft_wrap=not console.is_terminal)
     _heading(console, "how to use it")
-    settings = "".join(f", {name}={value!r}" for name, value in list(_defaults(cls).items())[:1])
-    console.print(Text(f'  with foveate.apply(model, "{card.slug}"{settings}): model.generate(**inputs)'))
-    if not card.baseline:
+    defaults = _defaults(cls)
+    setting = f", keep={defaults['keep']!r}" if "keep" in defaults else ""
+    console.print(Text(f'  with foveate.apply(model, "{card.slug}"{setting}): …'))
+    if not card.baseline and "hf-vlm" in card.hosts:
         console.print(Text(f"  foveate compare --methods {card.slug}"))
     _heading(console, "where it acts")
     for stage in cls.handlers():
@@ -460,7 +483,7 @@ def _describe(cls: type[Method]) -> None:
     _heading(console, "models it works on")
     for family in card.hosts:
         console.print(Text(f"  {family:14} {_FAMILIES.get(family, '')}".rstrip()))
-    if defaults := _defaults(cls):
+    if defaults:
         _heading(console, "settings and their defaults")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for name, default in defaults.items():
@@ -469,13 +492,17 @@ def _describe(cls: type[Method]) -> None:
     if cls.claims:
         _heading(console, f"claims that `foveate verify {card.slug}` measures")
         for claim in cls.claims:
-            source = "our own count" if claim.source == "card" else f"the paper's {claim.source}"
-            console.print(Text(f"  {claim.what}: {claim.figure:.6g} ({source}, ±{100 * claim.tolerance:g} %)"))
+            source = re.sub("^card", "our own count", claim.source)
+            console.print(Text(f"  {_what(claim)}: {claim.figure:.6g} ({source}, ±{100 * claim.tolerance:g} %)"))
 
 
 def _defaults(cls: type[Method]) -> dict[str, Any]:
     """setting -> default."""
     return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+
+
+def _what(claim: Claim) -> str:
+    return f"{claim.what} ({claim.architecture})" if claim.architecture else claim.what
 
 
 def _heading(console: Console, text: str) -> None:
@@ -508,7 +535,7 @@ def verify(
     for one in checked:
         claim = one.claim
         figures = (f"{one.ours:.6g}", f"{claim.figure:.6g}", f"{100 * claim.tolerance:g} %")
-        cells = (one.method, claim.what, *figures, claim.source, "ok" if one.holds else "FAILED")
+        cells = (one.method, _what(claim), *figures, claim.source, "ok" if one.holds else "FAILED")
         table.add_row(*(Text(cell) for cell in cells), style="" if one.holds else "bold red")
     console.print(table)
     failed = sum(not one.holds for one in checked)

@@ -220,6 +220,9 @@ def test_bad_input_gets_one_line() -> None:
         compare(model, processor, good, budgets=(1.5,))
     with pytest.raises(InputError, match="did you mean pool"):
         compare(model, processor, good, baselines=("pol",))
+    processor.chat_template = "{% for message in messages %}USER: hello{% endfor %}"
+    with pytest.raises(InputError, match=f"'{good[0].id}': its prompt has no image token"):
+        to_inputs(processor, good)
     with pytest.raises(InputError, match="no image token"):
         processor.chat_template = "{% for message in messages %}USER: hello{% endfor %}"
         to_inputs(_deaf(processor), good)

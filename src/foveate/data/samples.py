@@ -66,16 +66,22 @@ def to_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """
     if not samples:
         raise InputError("there are no samples")
+    token = getattr(processor, "image_token", None)
     for sample in samples:
         if not sample.images:
             raise InputError(f"{name(sample)} has no picture")
-        if (token := getattr(processor, "image_token", None)) and token in sample.prompt:
+        if token and token in sample.prompt:
             raise InputError(f"{name(sample)}: leave {token!r} out of the prompt; the pictures are put before it")
-    batch = processor(
-        images=[image.convert("RGB") for sample in samples for image in sample.images],
-        text=[_chat(processor, sample) for sample in samples],
-        padding=True, padding_side="left", return_tensors="pt",
-    )  # fmt: skip
+    texts = [_chat(processor, sample) for sample in samples]
+    pictures = [image.convert("RGB") for sample in samples for image in sample.images]
+    try:
+        batch = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    except (ValueError, IndexError, StopIteration):
+        # Some processors count image tokens themselves, each in words of its own.
+        for sample, text in zip(samples, texts):
+            if token and token not in text:
+                raise _without_image_token(sample) from None
+        raise
     inputs: dict[str, Tensor] = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     inputs.pop("token_type_ids", None)
     if not bool(torch.isfinite(inputs["pixel_values"]).all()):
@@ -85,13 +91,17 @@ def to_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
         present = (inputs["input_ids"] == number).any(1).tolist()
         for sample, has in zip(samples, present):
             if not has:
-                raise InputError(f"{name(sample)}: its prompt has no image token; is the model's chat template right?")
+                raise _without_image_token(sample)
     return inputs
 
 
 def name(sample: Sample) -> str:
     """How a message calls a sample."""
     return f"sample {sample.id or sample.prompt[:60]!r}"
+
+
+def _without_image_token(sample: Sample) -> InputError:
+    return InputError(f"{name(sample)}: its prompt has no image token; is the model's chat template right?")
 
 
 def _chat(processor: Any, sample: Sample) -> str:
