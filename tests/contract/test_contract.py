@@ -276,10 +276,13 @@ def test_generate_with_the_cache_equals_generate_without(slug: str) -> None:
     cls = METHODS[slug]
     host = vlm("clip-llama")
     given = inputs(host)
-    with foveate.apply(host, cls()):
+    with foveate.apply(host, cls()) as applied:
         texts = [
             host.generate(**given, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)
         ]
+        if "llm.decode" in cls().acts_at(applied.host.shape):
+            # Decoding sees fewer tokens than the prefill did, on purpose; the first word still comes from the prefill.
+            texts = [text[:, :-3] for text in texts]
     assert torch.equal(*texts)
 
 

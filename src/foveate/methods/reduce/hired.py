@@ -60,12 +60,13 @@ class HiRed(Method):
         *(
             Claim(
                 f"of these in the {part}, keep = {keep}", "value", figure, "card", tolerance=0, settings={"keep": keep},
-                value=lambda hired, part=part: hired.limits(5, 576)[1 if part == "thumbnail" else 2],
+                value=value,
             )
-            for keep, part, figure in (
-                (0.2, "thumbnail", 288), (0.2, "crops", 288), (0.4, "thumbnail", 576), (0.4, "crops", 576),
-                (0.1, "thumbnail", 144), (0.1, "crops", 144),
+            for part, value, figures in (
+                ("thumbnail", lambda hired: hired.limits(5, 576)[1], (288, 576, 144)),
+                ("crops", lambda hired: hired.limits(5, 576)[2], (288, 576, 144)),
             )
+            for keep, figure in zip((0.2, 0.4, 0.1), figures)
         ),
         # What runs for these has five pictures of one partition each, which floor once each: 575 tokens for 576.
         *(
