@@ -6,6 +6,7 @@ the exact shapes:
 
 * `visual-macs`: multiply-adds of the exact decoder layer at that many tokens, visual tokens only, counted on the meta
   device, summed over layers. The convention of FastV, PyramidDrop and most others.
+* `visual-flops`: twice that, a multiplication and an addition being two operations. GlobalCom2's and YOPO's.
 * `llm-viewer`: the formula of LLM-Viewer (2 FLOPs a multiply-add; softmax, norms, residuals, activations too), for
   visual and text tokens.
 * `llm-viewer-charged`: the same on `method.charged_tokens`, where the authors' script charges other numbers than run;
@@ -129,16 +130,19 @@ def run(slug: str, settings: str, name: str, visual: int, text: int) -> Ran:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
         seen = tuple(counts[0] for counts in visual_tokens(applied.trace, applied.host.shape.llm_layers))
         before = [sum(record.tokens_out) for record in applied.trace if record.stage == "vision.output"]
+        pruned = {record.stage: record.tokens_out[0] for record in applied.trace}
     cached = tuple(length - text for length in kv_lengths(cache))
     hidden = json.loads(settings).get("removed") == "mask"
-    if cached != seen and not hidden:
-        raise RuntimeError(f"{slug}: the trace says {seen} visual tokens, the cache holds {cached}")
+    told = tuple(pruned.get(f"llm.decode[{layer}]", count) for layer, count in enumerate(seen))
+    if cached != told and not hidden:
+        raise RuntimeError(f"{slug}: the trace says {told} visual tokens, the cache holds {cached}")
     return Ran(seen, cached, before[-1] if before else visual)
 
 
 def _flops(claim: Claim, method: Method, shape: Architecture, ran: Ran) -> float:
-    if claim.counting == "visual-macs":
-        return float(sum(_layer_macs(shape.name, n) for n in ran.visual))
+    if claim.counting in ("visual-macs", "visual-flops"):
+        operations = 2 if claim.counting == "visual-flops" else 1
+        return float(operations * sum(_layer_macs(shape.name, n) for n in ran.visual))
     if claim.counting == "projector-macs":
         projector = shape.build_projector()
         features = torch.empty(ran.projected, shape.vision["hidden_size"], device="meta")
