@@ -152,6 +152,8 @@ class HostShape:
         grid: (rows, columns) of patches of one crop at the encoder's native resolution.
         llm_layers: depth of the language model, 0 if there is none.
         class_token: whether the first of the prefix is a class token (SigLIP has no prefix, some ViTs only registers).
+        joined: how many patches the host joins to one token behind the encoder (InternVL: 4), whatever has become of
+            them there: what is merged within the encoder is put back on its patches before.
     """
 
     family: str
@@ -162,6 +164,7 @@ class HostShape:
     grid: tuple[int, int]
     llm_layers: int = 0
     class_token: bool = True
+    joined: int = 1
 
 
 class Signals(Protocol):

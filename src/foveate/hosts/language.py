@@ -200,6 +200,7 @@ class VisionLanguageHost(Host):
         if not bool(visual.any()):
             raise InputError("there is a picture but no image token in the prompt")
         self.encoded = {}
+        self._inputs = _Inputs(visual, labels, self.encoded)
         for name, encoded in outputs.items():
             if encoded is None:
                 continue
@@ -209,7 +210,6 @@ class VisionLanguageHost(Host):
             self.encoded[name] = [
                 image or EncodedImage.unknown(count) for image, count in zip(images, self.lengths(name, encoded))
             ]
-        self._inputs = _Inputs(visual, labels, self.encoded)
 
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """(B, S) long: see `_Inputs.visual`."""

@@ -115,7 +115,8 @@ class LlavaHost(VisionLanguageHost):
         copies = len(encoded.pooler_output) // len(images)
         assert self._inputs is not None
         number = list(self.modalities).index(modality) + 1
-        upcoming, repeated = iter(images), []
+        upcoming = iter(images)
+        repeated: list[EncodedImage | None] = []
         for places in (self._inputs.visual == number).sum(1).tolist()[::copies]:
             mine: list[EncodedImage] = []
             while sum(len(image.alive) for image in mine) < places:
@@ -218,10 +219,8 @@ class LlavaHost(VisionLanguageHost):
         before = self._tokens.with_x(output[:, prefix:])
         tokens = self._act("projector", before)
         self.encoder.clear()
-        full = self._lay_out(tokens)
-        if tokens is before and torch.equal(full, tokens.x):
-            return None
-        return torch.cat([output[:, :prefix], full], 1)
+        full = self._lay_out(before, tokens)
+        return None if full is None else torch.cat([output[:, :prefix], full], 1)
 
     def _leaving(self, features: Tensor) -> Tokens:
         """The tokens at "vision.output", of the features (rows, prefix + K, D) that the projector gets."""
@@ -247,13 +246,16 @@ class LlavaHost(VisionLanguageHost):
             for name, values in self.marks.items()
         }
 
-    def _lay_out(self, tokens: Tokens) -> Tensor:
-        """(rows, M, D): the tokens on as many slots as the model expects, zeros between."""
+    def _lay_out(self, before: Tokens, tokens: Tokens) -> Tensor | None:
+        """(rows, M, D): the tokens on as many slots as the model expects, zeros between; None if it has just that."""
         packed = [one.packed(self._width)[:, self._kept_prefix :] for one in self._packings]
-        self._slots = spread(tokens, torch.cat(packed).reshape(-1, tokens.source.shape[1]))
+        self._slots = slots = spread(tokens, torch.cat(packed))
         # Without features, which would stay in memory.
         self._tokens = tokens.with_x(tokens.x.detach()[..., :0])
-        return put(tokens.x.new_zeros(*tokens.source.shape, tokens.x.shape[2]), self._slots, tokens.x)
+        number = torch.arange(tokens.source.shape[1], device=slots.device)
+        if tokens is before and torch.equal(slots, number.expand(len(slots), -1)):
+            return None
+        return put(tokens.x.new_zeros(*tokens.source.shape, tokens.x.shape[2]), slots, tokens.x)
 
     # -- where features come from
 

@@ -1,4 +1,4 @@
-"""Vision encoders: ViT, CLIP, SigLIP and DINOv2 of transformers, and timm's VisionTransformer (ViT, DeiT).
+"""Vision encoders: ViT, CLIP, SigLIP, DINOv2, InternViT of transformers, timm's VisionTransformer (ViT, DeiT).
 
 `Encoder` hooks one encoder; `VisionHost` is a model that is just that, and `hosts/llava.py` uses the same class for
 the vision tower. The sequence in an encoder is [prefix | patches]: class and register tokens are never handed to a
@@ -19,7 +19,7 @@ from foveate.hosts.signals import NoSignals
 from foveate.hosts.taps import Tap, tap_timm, tap_transformers
 from foveate.method import Crops, HostShape, InputError, Method
 from foveate.nn.attention import Attention
-from foveate.tokens import Tokens, predecessors
+from foveate.tokens import Tokens, predecessors, take
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class _Anatomy:
     """The module whose output is the encoder's last hidden state."""
     pool: str = ""
     """The attention that pools the tokens, if there is one (torch's MultiheadAttention, timm's AttentionPoolLatent)."""
+    scale: str = ""
+    """The layer's parameter that scales what `branch` puts out, where that is not a module."""
 
 
 _ANATOMY = {
@@ -46,10 +48,15 @@ _ANATOMY = {
     ),
     "Dinov2Model": _Anatomy("encoder.layer", "attention", "norm2", "layer_scale2", "layernorm"),
     "Dinov2WithRegistersModel": _Anatomy("encoder.layer", "attention", "norm2", "layer_scale2", "layernorm"),
+    "InternVLVisionModel": _Anatomy(
+        "encoder.layer", "attention", "layernorm_after", "dropout", "layernorm", scale="lambda_2"
+    ),
     "VisionTransformer": _Anatomy("blocks", "attn", "norm2", "drop_path2", "norm", "attn_pool"),
     "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm2", "drop_path2", "norm", "attn_pool"),
 }
 _NO_CLASS_TOKEN = ("SiglipVisionModel",)
+_RESIZED_UNASKED = ("Dinov2Model", "Dinov2WithRegistersModel", "InternVLVisionModel")
+"""They interpolate their position embeddings for any picture; the others have an argument for it."""
 
 
 class Encoder:
@@ -60,6 +67,7 @@ class Encoder:
         prefix: class and register tokens before the patches.
         class_token: whether the first of them is a class token.
         native: (rows, columns) of patches at the configured resolution.
+        joined: side, in patches, of the cells that the host joins them to behind the encoder.
         source_grid, grid: those of the picture that came in, and of what is left of it after "vision.pixels".
         pictures: which rows belong together, None where each row is a picture; the host sets it before a forward.
     """
@@ -87,6 +95,7 @@ class Encoder:
             self.patch = _pair(config.patch_size)
             height, width = _pair(config.image_size)
             self.native = (height // self.patch[0], width // self.patch[1])
+        self.joined = 1
         self.grid: tuple[int, int] = self.native
         self.taps: dict[int, Tap] = {}
         self.pictures: tuple[Crops, ...] | None = None
@@ -142,6 +151,11 @@ class Encoder:
         """Notes what the tokens became at the encoder's output."""
         self._note(self.layers, tokens)
 
+    @property
+    def entered(self) -> Tensor:
+        """(B,) long: tokens that entered the first layer."""
+        return self._steps[0][1].count
+
     def _note(self, step: float, tokens: Tokens) -> None:
         # Without features: they would keep activations and their graph alive until the next forward.
         self._steps.append((step, tokens.with_x(tokens.x.detach()[..., :0])))
@@ -158,7 +172,7 @@ class Encoder:
         self._steps = []
         self._resized = self._merged = self._branch = None
         self.host.marks = {}
-        self.source_grid = self.grid = self._grid_of(pixels)
+        self.source_grid = self.grid = self.grid_of(pixels)
         if "vision.pixels" not in self.host.plan:
             return None
         entered = torch.full((pixels.shape[0],), self.grid[0] * self.grid[1], device=pixels.device)
@@ -167,12 +181,11 @@ class Encoder:
         if changed is pixels:
             return None
         self._resized = method
-        self.grid = self._grid_of(changed)
+        self.grid = self.grid_of(changed)
         arguments[key] = changed
         if self.timm:
             return (arguments.pop("x"),), arguments
-        # DINOv2 interpolates its position embeddings unasked.
-        if not type(module).__name__.startswith("Dinov2"):
+        if _kind(module) not in _RESIZED_UNASKED:
             arguments["interpolate_pos_encoding"] = True
         return (), arguments
 
@@ -181,7 +194,8 @@ class Encoder:
         result: Tensor = self.host.call(at, pixels)
         return result
 
-    def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        """(rows, columns) of patches of pictures (…, H, W)."""
         return pixels.shape[-2] // self.patch[0], pixels.shape[-1] // self.patch[1]
 
     def _layer_hook(self, index: int) -> Any:
@@ -190,7 +204,7 @@ class Encoder:
             plan = self.host.plan
             prefix, patches = hidden[:, : self.prefix], hidden[:, self.prefix :]
             if index == 0:
-                tokens = self._enter(patches)
+                tokens = over(patches, self.grid, self.source_grid)
                 self._note(0, tokens)
                 if self._resized is not None:
                     rows, columns = self.source_grid
@@ -211,23 +225,8 @@ class Encoder:
 
         return hook
 
-    def _enter(self, patches: Tensor) -> Tokens:
-        """The tokens of a fresh picture; if it came in at another resolution, each stands for a cell of patches."""
-        tokens = Tokens.from_grid(patches, self.grid)
-        if self.grid == self.source_grid:
-            return tokens
-        (rows, columns), (full_rows, full_columns) = self.grid, self.source_grid
-        device = patches.device
-        y = torch.arange(full_rows, device=device) * rows // full_rows
-        x = torch.arange(full_columns, device=device) * columns // full_columns
-        source = (y[:, None] * columns + x).reshape(1, -1).expand(patches.shape[0], -1)
-        size = torch.zeros_like(tokens.size).scatter_add(1, source, torch.ones_like(source))
-        scale = torch.tensor([1.0, full_rows / rows, full_columns / columns], device=device)
-        position = torch.where(scale == 1, tokens.position, (tokens.position + 0.5) * scale - 0.5)
-        return Tokens(patches, position, size, source)
-
     def _run(self, stage: str, layer: int, tokens: Tokens) -> Tokens:
-        at = self.host.stage(stage, layer, VisionSignals(self, tokens), self._steps[0][1].count)
+        at = self.host.stage(stage, layer, VisionSignals(self, tokens), self.entered)
         return self.host.run(at, tokens)
 
     # A layer is x + mlp(norm(x)) in one piece of the model's code, so that the stage between attention and MLP has to
@@ -258,7 +257,8 @@ class Encoder:
         if self._merged is None:
             return None
         assert self._branch is not None
-        hidden = self._merged + self._branch
+        scale = getattr(module, self._anatomy.scale) if self._anatomy.scale else 1
+        hidden = self._merged + scale * self._branch
         self._merged = self._branch = None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -317,39 +317,57 @@ class VisionSignals(NoSignals):
         self._encoder, self._tokens = encoder, tokens
 
     def attention(self, layer: int) -> Attention:
+        assert self._tokens is not None
+        # Tokens may have been dropped since: look each up by the patch that it carries.
+        held = predecessors(self._encoder.during(layer), self._tokens)
+        return self._attention(layer, held.clamp(min=0) + self._encoder.prefix)
+
+    def _attention(self, layer: int, visual: Tensor) -> Attention:
         encoder = self._encoder
         if layer not in encoder.taps:
             raise RuntimeError(f"name 'vision.attention[{layer}]' in Method.reads to look at it")
         query, key, scaling = encoder.taps[layer].read()
-        assert self._tokens is not None
-        # Tokens may have been dropped since: look each up by the patch that it carries.
-        columns = predecessors(encoder.during(layer), self._tokens).clamp(min=0) + encoder.prefix
         valid = encoder.valid(layer)
-        return Attention(query.detach(), key.detach(), scaling, False, valid, valid, columns)
+        return Attention(query.detach(), key.detach(), scaling, False, valid, valid, visual)
+
+    def _patches(self, layer: int) -> Attention:
+        """As `attention`, of patches whatever became of them."""
+        source = self._encoder.during(layer).source
+        return self._attention(layer, source.clamp(min=0) + self._encoder.prefix)
 
     def cls_attention(self, layer: int) -> Tensor:
         if not self._encoder.class_token:
             raise InputError(f"{type(self._encoder.tower).__name__} has no class token")
-        attention = self.attention(layer)
-        row = attention.rows(attention.visual.new_zeros(attention.visual.shape[0], 1)).mean(1).squeeze(1)
-        return self._of_tokens(row, layer)
+        attention = self._patches(layer)
+        row = attention.rows(attention.visual.new_zeros(attention.visual.shape[0], 1)).mean(1)
+        return self._of_tokens(row.transpose(1, 2), layer).squeeze(2)
 
     def received(self, layer: int) -> Tensor:
-        return self._of_tokens(self.attention(layer).received(), layer)
-
-    def _of_tokens(self, score: Tensor, layer: int) -> Tensor:
-        """(B, N) of the tokens now, from (B, S) of those in a layer: the mean over a token's patches."""
-        assert self._tokens is not None
-        then, now = self._encoder.during(layer).source, self._tokens.source
-        per_patch = score.gather(1, then.clamp(min=0) + self._encoder.prefix) * (then >= 0)
-        count = self._tokens.x.shape[1]
-        total = score.new_zeros(len(now), count + 1).scatter_add(1, now % (count + 1), per_patch)
-        return total[:, :-1] / self._tokens.size.clamp(min=1)
+        return self._of_tokens(self._patches(layer).received().unsqueeze(2), layer).squeeze(2)
 
     def keys(self, layer: int) -> Tensor:
-        attention = self.attention(layer)
-        keys = attention.key.transpose(1, 2).flatten(2)
-        return keys.gather(1, attention.visual.unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
+        return self._of_tokens(self._patches(layer).key.transpose(1, 2).flatten(2), layer)
+
+    def _of_tokens(self, values: Tensor, layer: int) -> Tensor:
+        """(B, N, C) of the tokens now, from (B, S, C) of those in a layer: the mean over a token's patches."""
+        then = self._encoder.during(layer).source
+        carried = then >= 0
+        # Sums of many bf16 values need more digits than bf16 has.
+        exact = values.to(torch.promote_types(values.dtype, torch.float32))
+        held = take(exact, then.clamp(min=0) + self._encoder.prefix) * carried.unsqueeze(-1)
+        return self._mean(self._of_source(held, carried)).to(values.dtype)
+
+    def _of_source(self, values: Tensor, carried: Tensor) -> Tensor:
+        """(B, M, C) of what this stage takes for source patches, from the encoder's patches, where `carried`."""
+        return values
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """(B, N, C) means over the source patches of each token, of (B, M, C)."""
+        assert self._tokens is not None
+        source, count = self._tokens.source, self._tokens.x.shape[1]
+        target = (source % (count + 1)).unsqueeze(-1).expand_as(values)
+        total = values.new_zeros(len(source), count + 1, values.shape[2]).scatter_add(1, target, values)
+        return total[:, :-1] / self._tokens.size.clamp(min=1).unsqueeze(-1)
 
     def crops(self) -> tuple[Crops, ...]:
         if self._encoder.pictures is not None:
@@ -360,7 +378,10 @@ class VisionSignals(NoSignals):
         return tuple(Crops(slice(row, row + 1), (0, 0), whole) for row in range(len(source)))
 
     def grid(self) -> tuple[int, int]:
-        return self._encoder.source_grid
+        rows, columns = self._encoder.source_grid
+        # A picture is only made smaller by whole cells.
+        side = self._encoder.joined if self._tokens is None else 1
+        return rows // side, columns // side
 
 
 class VisionHost(Host):
@@ -403,6 +424,25 @@ class VisionHost(Host):
             mean = (tokens.x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
             tokens = tokens.with_x(torch.where(tokens.valid.unsqueeze(-1), tokens.x, mean))
         return None if tokens is before else torch.cat([prefix, tokens.x], 1)
+
+
+def over(x: Tensor, grid: tuple[int, int], whole: tuple[int, int]) -> Tokens:
+    """Tokens of a smaller picture: those of `grid`, x (B, N, C), each for the part it covers of the `whole` grid."""
+    tokens = Tokens.from_grid(x, grid)
+    if grid == whole:
+        return tokens
+    source = covering(grid, whole, x.device).expand(x.shape[0], -1)
+    size = torch.zeros_like(tokens.size).scatter_add(1, source, torch.ones_like(source))
+    scale = torch.tensor([1.0, whole[0] / grid[0], whole[1] / grid[1]], device=x.device)
+    position = torch.where(scale == 1, tokens.position, (tokens.position + 0.5) * scale - 0.5)
+    return Tokens(x, position, size, source)
+
+
+def covering(grid: tuple[int, int], whole: tuple[int, int], device: torch.device) -> Tensor:
+    """(M,) long: for each place of the `whole` grid, the place of a coarser `grid` that covers it."""
+    y = torch.arange(whole[0], device=device) * grid[0] // whole[0]
+    x = torch.arange(whole[1], device=device) * grid[1] // whole[1]
+    return (y[:, None] * grid[1] + x).flatten()
 
 
 def _pair(value: Any) -> tuple[int, int]:
