@@ -14,7 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 import foveate
 from foveate.measure.claims import Checked, count
 from foveate.method import Crops, InputError
-from foveate.methods.reduce.globalcom2 import GlobalCom2
+from foveate.methods.reduce.globalcom2 import GlobalCom2, scores
 from foveate.nn.attention import Attention
 from foveate.tokens import Tokens
 from reference import kept, prompt_embeddings, top
@@ -384,24 +384,62 @@ def test_the_last_layer_and_logits_matter() -> None:
     tower.set_attn_implementation("eager")
     maps = tower(given["pixel_values"][0], output_attentions=True).attentions
     full = [list(range(16))] * 4
-    for scores in (maps[-1].mean(1)[:, 0, 1:], maps[-2].mean(1)[:, 0, 1:]):
-        assert choose(scores, (2, 2), full, 0.5, 4) != ours
+    for wrong in (maps[-1].mean(1)[:, 0, 1:], maps[-2].mean(1)[:, 0, 1:]):
+        assert choose(wrong, (2, 2), full, 0.5, 4) != ours
+
+
+def relative(attention: Tensor) -> Tensor:
+    """The substitute's score: how much more than the mean patch, on a scale of logits."""
+    return (attention / attention.mean(-1, keepdim=True)).log()
+
+
+def eager_maps(tower: Any, pixels: Tensor) -> Tensor:
+    """(B, H, S, S) attention of the tower's last layer."""
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps: Tensor = tower(pixels, output_attentions=True).attentions[-1]
+    tower.set_attn_implementation(before)
+    return maps
 
 
 @torch.no_grad()
-def test_without_a_class_token_the_mean_logit_of_all_patches_is_taken() -> None:
-    host = vlm("siglip-llama")
-    given = prompt(host, [(2, 5), (1, 4)])
-    seen: dict[str, Tensor] = {}
-    module = host.model.vision_tower.encoder.layers[-1].self_attn
-    for name in ("q_proj", "k_proj"):
-        getattr(module, name).register_forward_hook(lambda m, a, output, name=name: seen.__setitem__(name, output))
-    host.model.vision_tower(given["pixel_values"])
-    query, key = (seen[name].unflatten(-1, (4, 8)).transpose(1, 2).double() for name in ("q_proj", "k_proj"))
-    logit = (query @ key.transpose(-1, -2) / math.sqrt(8)).mean((1, 2))
+def test_crops_without_a_class_token() -> None:
+    """LLaVA-OneVision: what patches receive from all others takes the class token's place."""
+    host = vlm("onevision")
+    given = prompt(host, [(2, 6)], sizes=[(16, 32)])
+    received = eager_maps(host.model.vision_tower, given["pixel_values"].flatten(0, 1)).mean(1).mean(1)
+    assert received.shape == (3, 16)
+    expected = choose(relative(received), (1, 2), [list(range(16))] * 2, 0.4, 4)
     with foveate.apply(host, GlobalCom2(keep=0.4)) as applied:
         host(**given)
-    assert kept(applied.trace[0].source) == [top(row, 6) for row in logit]
+    assert kept(applied.trace[0].source) == expected
+
+
+@torch.no_grad()
+def test_joined_patches_are_scored_by_the_mean_of_their_class_attention() -> None:
+    """InternVL: a token is a cell of 2 x 2 of 8 x 8 patches."""
+    host = vlm("internvl")
+    given = prompt(host, [(2, 6), (1, 4)])
+    paid = eager_maps(host.model.vision_tower, given["pixel_values"]).mean(1)[:, 0, 1:].reshape(-1, 8, 8)
+    cells = [[float(row[y : y + 2, x : x + 2].mean()) for y in (0, 2, 4, 6) for x in (0, 2, 4, 6)] for row in paid]
+    with foveate.apply(host, GlobalCom2(keep=0.4)) as applied:
+        host(**given)
+    assert kept(applied.trace[0].source) == [top(torch.tensor(row), 6) for row in cells]
+
+
+def test_the_substitute_is_a_difference_of_logits() -> None:
+    """Of one head it is the logit up to a constant, which changes neither budgets nor ranking."""
+    logit, tokens = made_up(1), numbered(1)
+
+    class Received(StubSignals):
+        def received(self, layer: int) -> Tensor:
+            assert layer == 23
+            return logit.softmax(-1)
+
+    host = replace(HOST, class_token=False)
+    score = scores(tokens, replace(stage(tokens), host=host, signals=Received((4, 4), {})))
+    torch.testing.assert_close(score - score.mean(), logit - logit.mean(), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -56,8 +56,9 @@ class GlobalCom2(Method):
     * The release leaves pictures of a single part alone (`single="bypass"`). By default they are treated as a
       thumbnail, so that LLaVA-1.5 is shortened too.
 
-    An encoder without class token is scored by the mean logit that a patch gets from all patches, which is this
-    project's substitute: like the class token's it is a logit, so that the temperature means the same.
+    Without a class token (SigLIP), and where the host joins patches to one token (InternVL), a token's score is
+    `log(a / mean a)`, with a the attention that it receives from all (of a class token, where there is one): this
+    project's substitute, which is a difference of logits too, so that the temperature means much the same.
     """
 
     card = Card(
@@ -132,9 +133,7 @@ class GlobalCom2(Method):
     def compress(self, tokens: Tokens, at: Stage) -> Tokens:
         if self._bypassed:
             return tokens
-        if bool((tokens.source < 0).any()):
-            raise InputError("globalcom2 needs the whole thumbnail; let no other method drop patches before it")
-        score = logits(tokens, at)
+        score = scores(tokens, at)
         left = floor_share(tokens.count, self.keep)
         candidates = tokens.mask().clone()
         opens = torch.zeros_like(left, dtype=torch.bool)
@@ -145,6 +144,8 @@ class GlobalCom2(Method):
                 if self.single == "bypass":
                     left[rows] = tokens.count[rows]
                 continue
+            if bool((tokens.source[first] < 0).any()):
+                raise InputError("globalcom2 needs the whole thumbnail; let no other method drop patches before it")
             crops = slice(first + 1, rows.stop)
             packed = picture.packed[1:].to(score.device)
             source, count = tokens.source[crops], score.shape[1]
@@ -185,20 +186,21 @@ class GlobalCom2(Method):
         return self.keep == 1 and self.full == "bypass"
 
 
-def logits(tokens: Tokens, at: Stage) -> Tensor:
+def scores(tokens: Tokens, at: Stage) -> Tensor:
     """(B, N) float32: the class token's scaled logit for each token, before softmax, in the encoder's last layer.
 
-    Without a class token, the mean of all tokens' logits, which is the logit of their mean query.
+    Without a class token, or of joined patches, the substitute of `GlobalCom2`.
     """
-    attention = at.signals.attention(at.host.vision_layers - 1)
-    if at.host.class_token:
-        query = attention.query[:, :, :1].float()
-    else:
-        place = attention.visual[:, None, :, None].expand(-1, attention.query.shape[1], -1, attention.query.shape[3])
-        weight = tokens.mask()[:, None, :, None].float()
-        query = (attention.query.gather(2, place).float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
-    logit = (query @ attention.key.float().transpose(-1, -2)).mean(1).squeeze(1) * attention.scaling
-    return logit.gather(1, attention.visual)
+    layer = at.host.vision_layers - 1
+    if at.host.class_token and at.host.joined == 1:
+        attention = at.signals.attention(layer)
+        logit = attention.query[:, :, :1].float() @ attention.key.float().transpose(-1, -2)
+        return (logit.mean(1).squeeze(1) * attention.scaling).gather(1, attention.visual)
+    paid = at.signals.cls_attention(layer) if at.host.class_token else at.signals.received(layer)
+    paid = paid.float() * tokens.mask()
+    mean = paid.sum(1, keepdim=True) / tokens.count.clamp(min=1).unsqueeze(1)
+    tiny = torch.finfo(torch.float32).tiny
+    return (paid.clamp(min=tiny) / mean.clamp(min=tiny)).log()
 
 
 def cut(thumbnail: Tensor, picture: Crops, packed: Tensor) -> Tensor:
@@ -215,4 +217,4 @@ def cut(thumbnail: Tensor, picture: Crops, packed: Tensor) -> Tensor:
 
 def summed(values: Tensor, source: Tensor, count: int) -> Tensor:
     """(B, count): the sum over the patches of each token; values and source are (B, M)."""
-    return values.new_zeros(len(values), count).scatter_add(1, source, values)
+    return values.new_zeros(len(values), count + 1).scatter_add(1, source % (count + 1), values)[:, :-1]
