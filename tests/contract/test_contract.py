@@ -23,6 +23,9 @@ METHODS = registry()
 FAMILIES = {"hf-vlm": ("clip-llama", "next"), "hf-vision": ("vit",), "timm": ("timm-reg-avg",)}
 """family -> names of tiny hosts. The timm head averages the patches, so that it notices what happens to them."""
 
+QUIET = ("dense", "var-sink")
+"""What changes nothing on these hosts: var-sink waits for massive activations, which random weights do not have."""
+
 PAIRS = [(slug, family) for slug, cls in METHODS.items() for family in cls.card.hosts]
 per_method = pytest.mark.parametrize("slug", METHODS)
 per_host = pytest.mark.parametrize(("slug", "family"), PAIRS)
@@ -167,7 +170,7 @@ def test_default_settings_change_something_and_come_off(slug: str, family: str) 
         dense = forward(host, given)
         with foveate.apply(host, cls()):
             changed = forward(host, given)
-        if slug != "dense":
+        if slug not in QUIET:
             assert changed.shape != dense.shape or not torch.equal(changed, dense)
         assert torch.equal(forward(host, given), dense)
 

@@ -1,0 +1,1 @@
+"""Guiding what a model attends to or generates, without making it cheaper."""
