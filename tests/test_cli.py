@@ -265,7 +265,7 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "compare --help", "compare --keep 2", "compare --methods fopruu", "methods", "train nothing"],
+    ["--help", "compare --help", "compare --keep 2", "train nothing"],
 )
 def test_what_computes_nothing_loads_no_torch(arguments: str) -> None:
     code = """

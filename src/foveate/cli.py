@@ -26,8 +26,17 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate.catalogue import catalogue, known
-from foveate.method import STAGES, InputError, Method, did_you_mean, method_class, share
+from foveate.method import (
+    STAGES,
+    InputError,
+    Method,
+    Published,
+    did_you_mean,
+    method_class,
+    published,
+    published_class,
+    share,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -257,8 +266,7 @@ def _method_names(text: str | None) -> Sequence[str] | None:
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise InputError("--methods: no name given; `foveate methods` lists them")
-    entries = catalogue()
-    chosen = list(dict.fromkeys(name for name in names if not entries[known(name)].baseline))
+    chosen = list(dict.fromkeys(name for name in names if not method_class(name).card.baseline))
     if not chosen:
         raise InputError("--methods names baselines only, which always run; name a method to compare with them")
     return chosen
@@ -442,16 +450,18 @@ def methods(
 ) -> None:
     """List the methods, or tell all about one."""
     if slug is not None:
-        _describe(method_class(known(slug)))
+        _describe(published_class(slug))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("method", "acts at", "summary", "paper"):
         table.add_column(column, no_wrap=column in ("method", "paper"))
-    entries = catalogue().values()
+    known = published().values()
     for baselines in (False, True):
-        for one in (entry for entry in entries if entry.baseline == baselines):
-            paper = f"arXiv {one.arxiv}" if one.arxiv else ""
-            cells = (one.slug, ", ".join(one.stages) or "nowhere", one.summary, paper)
+        for cls in (one for one in known if one.card.baseline == baselines):
+            card = cls.card
+            stages = ", ".join(cls.handlers()) or "nowhere" if issubclass(cls, Method) else f"({card.kind})"
+            paper = f"arXiv {card.arxiv}" if card.arxiv else ""
+            cells = (card.slug, stages, card.summary, paper)
             table.add_row(*(Text(cell) for cell in cells), style="bright_black" if baselines else "")
         if not baselines:
             table.add_row(Text("baselines", style="bold"))
@@ -460,7 +470,7 @@ def methods(
     console.print("\n[bright_black]foveate methods NAME tells all about one: what it does, settings, claims.[/]")
 
 
-def _describe(cls: type[Method]) -> None:
+def _describe(cls: type[Published]) -> None:
     console, card = _console(), cls.card
     console.print(Text(card.title, style="bold"))
     if card.arxiv:
@@ -469,8 +479,20 @@ def _describe(cls: type[Method]) -> None:
     # The lines of a docstring are broken for the source file; here they flow.
     paragraphs = (" ".join(one.split()) for one in (inspect.getdoc(cls) or card.summary).split("\n\n"))
     console.print(Text("\n\n".join(paragraphs)), soft_wrap=not console.is_terminal)
+    if issubclass(cls, Method):
+        _describe_use(console, cls)
+    if cls.claims:
+        _heading(console, f"claims that `foveate verify {card.slug}` measures")
+        for claim in cls.claims:
+            source = re.sub("^card", "our own count", claim.source)
+            console.print(Text(f"  {_what(claim)}: {claim.figure:.6g} ({source}, ±{100 * claim.tolerance:g} %)"))
+
+
+def _describe_use(console: Console, cls: type[Method]) -> None:
+    """How a method is applied, where it acts, on what, and its settings."""
+    card = cls.card
     _heading(console, "how to use it")
-    defaults = _defaults(cls)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     setting = f", keep={defaults['keep']!r}" if "keep" in defaults else ""
     console.print(Text(f'  with foveate.apply(model, "{card.slug}"{setting}): …'))
     if not card.baseline and "hf-vlm" in card.hosts:
@@ -489,16 +511,6 @@ def _describe(cls: type[Method]) -> None:
         for name, default in defaults.items():
             table.add_row(Text(f"  {name}"), Text(_short(default)), Text(card.parameters.get(name, "")))
         console.print(table)
-    if cls.claims:
-        _heading(console, f"claims that `foveate verify {card.slug}` measures")
-        for claim in cls.claims:
-            source = re.sub("^card", "our own count", claim.source)
-            console.print(Text(f"  {_what(claim)}: {claim.figure:.6g} ({source}, ±{100 * claim.tolerance:g} %)"))
-
-
-def _defaults(cls: type[Method]) -> dict[str, Any]:
-    """setting -> default."""
-    return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
 
 
 def _what(claim: Claim) -> str:
@@ -523,7 +535,7 @@ def verify(
 ) -> None:
     """Measure every hard claim now and print ours beside the paper's figure; exit 1 when one fails."""
     if slug is not None:
-        known(slug)
+        published_class(slug)
     from foveate.measure.claims import verify as check
 
     with _progress() as advance:
