@@ -59,7 +59,7 @@ class Card:
     Attributes:
         slug, title, arxiv, year: of the paper; `arxiv` is its number, "" for a baseline.
         kind: one of `KINDS`.
-        hosts: families the method applies to: "hf-vlm", "hf-vision", "timm".
+        hosts: families the method applies to: "hf-vlm", "hf-vision", "hf-video", "timm".
         summary: one sentence for `foveate methods`.
         training_free: whether it works without trained weights of its own.
         identity: arguments with which the method changes nothing, where there are such.
@@ -144,7 +144,7 @@ class HostShape:
     """The facts about a host that a method may need before it runs.
 
     Attributes:
-        family: "hf-vlm", "hf-vision" or "timm".
+        family: "hf-vlm", "hf-vision" (pictures), "hf-video" (clips) or "timm".
         stages: the stages that this host has.
         vision_layers: depth of the vision encoder, 0 if there is none.
         feature_layer: 0-based encoder layer whose output the host uses (LLaVA-1.5: 22 of 24).
@@ -154,6 +154,7 @@ class HostShape:
         class_token: whether the first of the prefix is a class token (SigLIP has no prefix, some ViTs only registers).
         joined: how many patches the host joins to one token behind the encoder (InternVL: 4), whatever has become of
             them there: what is merged within the encoder is put back on its patches before.
+        slots: time slots of a clip, each with a `grid` of patches; 1 for pictures.
     """
 
     family: str
@@ -165,6 +166,12 @@ class HostShape:
     llm_layers: int = 0
     class_token: bool = True
     joined: int = 1
+    slots: int = 1
+
+    @property
+    def patches(self) -> int:
+        """Patches of one crop or clip."""
+        return self.slots * self.grid[0] * self.grid[1]
 
 
 class Signals(Protocol):

@@ -1,4 +1,4 @@
-"""Vision encoders: ViT, CLIP, SigLIP, DINOv2, InternViT of transformers, timm's VisionTransformer (ViT, DeiT).
+"""Vision encoders: ViT, CLIP, SigLIP, DINOv2, InternViT, VideoMAE of transformers, timm's VisionTransformer (ViT, DeiT).
 
 `Encoder` hooks one encoder; `VisionHost` is a model that is just that, and `hosts/llava.py` uses the same class for
 the vision tower. The sequence in an encoder is [prefix | patches]: class and register tokens are never handed to a
@@ -38,6 +38,10 @@ class _Anatomy:
     """The attention that pools the tokens, if there is one (torch's MultiheadAttention, timm's AttentionPoolLatent)."""
     scale: str = ""
     """The layer's parameter that scales what `branch` puts out, where that is not a module."""
+    adds: bool = False
+    """Whether `branch` is handed the residual stream, as its second argument, and adds to it itself."""
+    masks: bool = True
+    """Whether `attention` takes a mask."""
 
 
 _ANATOMY = {
@@ -51,10 +55,15 @@ _ANATOMY = {
     "InternVLVisionModel": _Anatomy(
         "encoder.layer", "attention", "layernorm_after", "dropout", "layernorm", scale="lambda_2"
     ),
+    "VideoMAEModel": _Anatomy(
+        "encoder.layer", "attention.attention", "layernorm_after", "output", "layernorm", adds=True, masks=False
+    ),
     "VisionTransformer": _Anatomy("blocks", "attn", "norm2", "drop_path2", "norm", "attn_pool"),
     "VisionTransformerDistilled": _Anatomy("blocks", "attn", "norm2", "drop_path2", "norm", "attn_pool"),
 }
-_NO_CLASS_TOKEN = ("SiglipVisionModel",)
+_NO_CLASS_TOKEN = ("SiglipVisionModel", "VideoMAEModel")
+_CLIPS = ("VideoMAEModel",)
+"""They see clips (B, frames, 3, H, W), of the configured size only: their position embeddings are a fixed table."""
 _RESIZED_UNASKED = ("Dinov2Model", "Dinov2WithRegistersModel", "InternVLVisionModel")
 """They interpolate their position embeddings for any picture; the others have an argument for it."""
 
@@ -69,6 +78,7 @@ class Encoder:
         native: (rows, columns) of patches at the configured resolution.
         joined: side, in patches, of the cells that the host joins them to behind the encoder.
         source_grid, grid: those of the picture that came in, and of what is left of it after "vision.pixels".
+        slots: time slots of a clip, each with such a grid of patches; 1 for pictures.
         pictures: which rows belong together, None where each row is a picture; the host sets it before a forward.
     """
 
@@ -80,7 +90,9 @@ class Encoder:
         anatomy = _ANATOMY[kind]
         self.blocks: Any = tower.get_submodule(anatomy.layers)
         self.attentions = [block.get_submodule(anatomy.attention) for block in self.blocks]
-        self.final = self.blocks[-1] if anatomy.final.endswith(".-1") else tower.get_submodule(anatomy.final)
+        # Without a norm of its own (VideoMAE under a head that averages) the last layer's output is the encoder's.
+        self.final = self.blocks[-1] if anatomy.final.endswith(".-1") else _submodule(tower, anatomy.final)
+        self.final = self.blocks[-1] if self.final is None else self.final
         self.pool = _submodule(tower, anatomy.pool)
         self.layers = len(self.blocks)
         if self.timm:
@@ -95,6 +107,8 @@ class Encoder:
             self.patch = _pair(config.patch_size)
             height, width = _pair(config.image_size)
             self.native = (height // self.patch[0], width // self.patch[1])
+        self.video = kind in _CLIPS
+        self.slots = tower.config.num_frames // tower.config.tubelet_size if self.video else 1
         self.joined = 1
         self.grid: tuple[int, int] = self.native
         self.taps: dict[int, Tap] = {}
@@ -111,7 +125,7 @@ class Encoder:
     @property
     def resizable(self) -> bool:
         """Whether pictures of another resolution can go in (position embeddings are interpolated)."""
-        return not self.timm or bool(getattr(self.tower, "dynamic_img_size", False))
+        return bool(getattr(self.tower, "dynamic_img_size", False)) if self.timm else not self.video
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -125,17 +139,23 @@ class Encoder:
         for index, block in enumerate(self.blocks):
             if index == 0 or "vision.layer" in plan:
                 host.pre(block, self._layer_hook(index))
-        for index in sorted(reads):
-            tap = tap_timm if self.timm else tap_transformers
-            self.taps[index] = tap(host, self.attentions[index])
+        changes = bool({"vision.patches", "vision.layer", "vision.mlp"} & plan.keys())
+        for index, attention in enumerate(self.attentions):
+            if not self._anatomy.masks and (changes or index in reads):
+                self.taps[index] = self._tap_masked(index, index in reads)
+            elif index in reads:
+                self.taps[index] = (tap_timm if self.timm else tap_transformers)(host, attention)
+            if self._anatomy.masks and changes:
+                host.pre(attention, self._mask_hook(index))
         if "vision.mlp" in plan:
             for index, block in enumerate(self.blocks):
+                branch = block.get_submodule(self._anatomy.branch)
                 host.pre(block.get_submodule(self._anatomy.norm), self._before_mlp(index))
-                host.post(block.get_submodule(self._anatomy.branch), self._after_mlp)
-                host.post(block, self._after_block)
-        if {"vision.patches", "vision.layer", "vision.mlp"} & plan.keys():
-            for index, attention in enumerate(self.attentions):
-                host.pre(attention, self._mask_hook(index))
+                if self._anatomy.adds:
+                    host.pre(branch, self._add_to_merged)
+                else:
+                    host.post(branch, self._after_mlp)
+                    host.post(block, self._after_block)
         if self.pool is not None:
             host.pre(self.pool, self._mask_pool)
 
@@ -169,6 +189,8 @@ class Encoder:
         arguments = {"x": args[0], **kwargs} if self.timm else named(module, args, kwargs)
         key = "x" if self.timm else "pixel_values"
         pixels = arguments[key]
+        if arguments.get("bool_masked_pos") is not None:
+            raise InputError("methods choose among all patches of a clip: leave out bool_masked_pos")
         self._steps = []
         self._resized = self._merged = self._branch = None
         self.host.marks = {}
@@ -204,7 +226,10 @@ class Encoder:
             plan = self.host.plan
             prefix, patches = hidden[:, : self.prefix], hidden[:, self.prefix :]
             if index == 0:
-                tokens = over(patches, self.grid, self.source_grid)
+                if self.video:
+                    tokens = Tokens.from_grid(patches, (self.slots, *self.grid))
+                else:
+                    tokens = over(patches, self.grid, self.source_grid)
                 self._note(0, tokens)
                 if self._resized is not None:
                     rows, columns = self.source_grid
@@ -247,6 +272,12 @@ class Encoder:
 
         return hook
 
+    def _add_to_merged(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._merged is None:
+            return None
+        merged, self._merged = self._merged, None
+        return (args[0], merged), kwargs
+
     def _after_mlp(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         if self._merged is None:
             return None
@@ -262,23 +293,48 @@ class Encoder:
         self._merged = self._branch = None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
+    def _tap_masked(self, index: int, read: bool) -> Tap:
+        """A tap that also hands the layer's mask to the attention function; the layer itself has no way to."""
+        mask: Tensor | None = None
+
+        def prepare(module: Any, args: Any, kwargs: Any) -> None:
+            nonlocal mask
+            mask = self._mask(index, args[0] if args else kwargs["hidden_states"])
+
+        def around(query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, function: Any) -> Tensor:
+            if not read:
+                tap.clear()
+            output: Tensor = function(query, key, value, mask)
+            return output
+
+        # Before the tap's own hook: what a mask looks like depends on the model's attention implementation.
+        self.host.pre(self.attentions[index], prepare)
+        tap = tap_transformers(self.host, self.attentions[index], around)
+        return tap
+
+    def _mask(self, index: int, hidden: Tensor) -> Tensor | None:
+        """What a layer's attention adds or hides, in the form that it takes; None for nothing."""
+        valid, weight = self.valid(index), self._log_size(index)
+        if weight is not None:
+            weight = weight.to(hidden.dtype)
+            if valid is not None:
+                weight = weight.masked_fill(~valid, torch.finfo(hidden.dtype).min)
+            return weight[:, None, None, :]
+        if valid is None:
+            return None
+        if self.timm:
+            return valid[:, None, None, :]
+        mask: Tensor | None = create_bidirectional_mask(self.tower.config, hidden, valid)
+        return mask
+
     def _mask_hook(self, index: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
-            valid, weight = self.valid(index), self._log_size(index)
-            if valid is None and weight is None:
-                return None
             arguments = named(module, args, kwargs)
             hidden = arguments.pop("x" if self.timm else "hidden_states")
-            if weight is not None:
-                weight = weight.to(hidden.dtype)
-                if valid is not None:
-                    weight = weight.masked_fill(~valid, torch.finfo(hidden.dtype).min)
-                arguments["attn_mask" if self.timm else "attention_mask"] = weight[:, None, None, :]
-            elif self.timm:
-                arguments["attn_mask"] = valid[:, None, None, :]  # type: ignore[index]
-            else:
-                arguments["attention_mask"] = create_bidirectional_mask(self.tower.config, hidden, valid)
-            return (hidden,), arguments
+            mask = self._mask(index, hidden)
+            if mask is None:
+                return None
+            return (hidden,), {**arguments, "attn_mask" if self.timm else "attention_mask": mask}
 
         return hook
 
@@ -391,11 +447,11 @@ class VisionHost(Host):
         super().__init__(model)
         towers = [module for module in model.modules() if _kind(module)]
         self.encoder = Encoder(self, towers[0])
-        family = "timm" if self.encoder.timm else "hf-vision"
+        family = "timm" if self.encoder.timm else "hf-video" if self.encoder.video else "hf-vision"
         last = self.encoder.layers - 1
         self.shape = HostShape(
             family, self.encoder.stages, self.encoder.layers, last, self.encoder.prefix, self.encoder.native,
-            class_token=self.encoder.class_token,
+            class_token=self.encoder.class_token, slots=self.encoder.slots,
         )  # fmt: skip
 
     def hook(self) -> None:

@@ -115,7 +115,7 @@ class ToMe(Method):
     @classmethod
     def for_budget(cls, budget: float, host: HostShape) -> Method:
         """The smallest constant r that reaches the budget at the encoder's output, less in the last layers."""
-        patches, layers = host.grid[0] * host.grid[1], host.feature_layer + 1
+        patches, layers = host.patches, host.feature_layer + 1
         target = max(1, int(patches * share("budget", budget) + 1e-9))
         for r in range(patches // 2 + 1):
             left = [patches, *cls(r=r).left(patches, layers)]
