@@ -25,6 +25,8 @@ SUPPORTED: dict[str, str] = {
     "Dinov2ForImageClassification": "vision",
     "Dinov2WithRegistersModel": "vision",
     "Dinov2WithRegistersForImageClassification": "vision",
+    "VideoMAEModel": "vision",
+    "VideoMAEForVideoClassification": "vision",
     "VisionTransformer": "vision",
     "VisionTransformerDistilled": "vision",
 }
