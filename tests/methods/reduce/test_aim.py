@@ -179,11 +179,12 @@ def test_metric_and_stage_on_a_real_host(metric: str) -> None:
 def test_a_merged_prompt_is_numbered_consecutively() -> None:
     """Merging comes before the language model, which sees an ordinary, shorter prompt."""
     host, seen = vlm(), []
+    given = prompt(host, [(2, 5)])
     with foveate.apply(host, Aim(keep=0.5, step=0.0)):
         handle = host.model.language_model.layers[0].register_forward_pre_hook(
             lambda m, a, k: seen.append(k["position_ids"]), with_kwargs=True
         )
-        host(**prompt(host, [(2, 5)]))
+        host(**given)
         handle.remove()
     assert seen[0].tolist() == [list(range(15))]
 
