@@ -64,11 +64,13 @@ def shake(model: nn.Module, seed: int = 0, gain: float = 2.0) -> Any:
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim < 2:
                 weight.copy_(0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-            elif "embed" in name or "token" in name or "probe" in name:
+            elif ("embed" in name or "token" in name or "probe" in name) and weight.ndim < 5:
                 weight.copy_(noise)
             else:
                 sharp = any(part in name for part in ("q_proj", "k_proj", "query", "key", "qkv"))
-                weight.copy_(noise * (gain if sharp else 1.0) / math.sqrt(weight[0].numel()))
+                # Qwen's merger would make much the same of all cells.
+                strong = 3.0 if "merger" in name else 1.0
+                weight.copy_(noise * (gain if sharp else strong) / math.sqrt(weight[0].numel()))
     return model.eval()
 
 

@@ -34,6 +34,10 @@ from foveate.method import Crops, HostShape, InputError
 from foveate.nn.attention import Attention
 from foveate.tokens import DROPPED, Tokens, predecessors
 
+_NOMINAL = (24, 24)
+"""`HostShape.grid`, by which methods share out a budget before there is a picture: these models have no resolution of
+their own, and 576 is what the methods' papers count with."""
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedClip(EncodedImage):
@@ -81,8 +85,7 @@ class QwenVLHost(VisionLanguageHost):
             vision_layers=depth,
             feature_layer=depth - 1,
             prefix=0,
-            # There is no native resolution.
-            grid=(0, 0),
+            grid=_NOMINAL,
             llm_layers=self.depth,
             class_token=False,
         )
@@ -204,7 +207,7 @@ class QwenVLHost(VisionLanguageHost):
         for one, tokens in zip(self._frames, before):
             self.marks = {name: values[one.rows, : one.count] for name, values in self._noted.items()}
             entered = torch.full_like(one.rows, one.count)
-            after.append(self.call(self.stage(stage, -1, CellSignals(self, one, tokens), entered), tokens))
+            after.append(self.call(self.stage(stage, -1, PackedSignals(self, one, tokens), entered), tokens))
             for name, values in self.marks.items():
                 # Rows of other grids, and what a row has less than the longest, stay 0.
                 whole = self._noted.get(name, values.new_zeros(self._rows, self._longest))
@@ -245,8 +248,9 @@ class QwenVLHost(VisionLanguageHost):
         filled: list[Tensor] = []
         for one, tokens in zip(self._frames, self._tokens if self._changed else ()):
             slots = first_cells(tokens)
-            owner = slots.gather(1, tokens.source.clamp(min=0))
-            owners.append(torch.where(tokens.source >= 0, owner, DROPPED))
+            # The last column answers for cells that were dropped.
+            whole = nn.functional.pad(slots, (0, 1), value=DROPPED)
+            owners.append(whole.gather(1, tokens.source % whole.shape[1]))
             target = torch.where(slots >= 0, slots, one.count)
             place = tokens.position.new_zeros(len(slots), one.count + 1, 3)
             places.append(place.scatter(1, target.unsqueeze(-1).expand(-1, -1, 3), tokens.position)[:, :-1])
@@ -338,7 +342,7 @@ class Projections:
         return self._received
 
 
-class CellSignals(NoSignals):
+class PackedSignals(NoSignals):
     """The signals of the encoder for the rows of one grid (see `foveate.method.Signals`), per cell of patches."""
 
     where = "a vision encoder whose tokens are cells of 2x2 patches"
@@ -371,11 +375,13 @@ class CellSignals(NoSignals):
 
     def _pooled(self, values: Tensor) -> Tensor:
         """(g, K, C), the means over the patches of each token, of (S, C) by patch in the encoder's order."""
-        by_cell = values.unflatten(0, (-1, self._host.unit)).mean(1)[self._frames.cells]
+        # Sums of many bf16 values need more digits than bf16 has.
+        exact = values.to(torch.promote_types(values.dtype, torch.float32))
+        by_cell = exact.unflatten(0, (-1, self._host.unit)).mean(1)[self._frames.cells]
         source, count = self._tokens.source, self._tokens.x.shape[1]
         target = (source % (count + 1)).unsqueeze(-1).expand_as(by_cell)
         total = by_cell.new_zeros(len(source), count + 1, by_cell.shape[2]).scatter_add(1, target, by_cell)
-        return total[:, :-1] / self._tokens.size.clamp(min=1).unsqueeze(-1)
+        return (total[:, :-1] / self._tokens.size.clamp(min=1).unsqueeze(-1)).to(values.dtype)
 
     def crops(self) -> tuple[Crops, ...]:
         source = self._tokens.source
