@@ -17,8 +17,11 @@ from foveate import train, zoo
 from foveate.data.scenes import NAMES, QUESTION_TYPES, Question, Scenes
 from foveate.method import InputError
 from foveate.train.loop import write_json, write_tensors
-from foveate.train.tiny_llava import TinyLlava, TinyLlavaSettings, name_boxes, pack, segment_mask
+from foveate.train.packing import pack, segment_mask
+from foveate.train.tiny_llava import TinyLlava, TinyLlavaSettings, name_boxes
 from foveate.train.tiny_vit import normalised
+
+PICTURE = ("<image>", 144)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def test_packed_questions_give_the_logits_of_separate_prompts(recipe):
     """The reference is what a user does: the processor's prompt of one question, one forward pass each."""
     llava, processor = recipe.llava, recipe.processor
     scenes = [Scenes("train", 5)[i] for i in range(3)]
-    batch = pack([s.questions for s in scenes], recipe.tokenizer, 144)
+    batch = pack([s.questions for s in scenes], recipe.tokenizer, [PICTURE] * 3, QUESTION_TYPES)
     pictures = normalised(torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2))
     with torch.no_grad():
         packed = llava(
@@ -74,20 +77,21 @@ def test_packed_questions_give_the_logits_of_separate_prompts(recipe):
 def test_packed_kinds_follow_the_questions(recipe):
     scenes = [Scenes("train", 5)[i] for i in range(3)]
     expected = [QUESTION_TYPES.index(q.type) for s in scenes for q in s.questions]
-    assert pack([s.questions for s in scenes], recipe.tokenizer, 144)["kinds"].tolist() == expected
+    packed = pack([s.questions for s in scenes], recipe.tokenizer, [PICTURE] * 3, QUESTION_TYPES)
+    assert packed["kinds"].tolist() == expected
 
 
 def test_pack_refuses_unknown_words(recipe):
     with pytest.raises(InputError, match="zebra"):
-        pack([(Question("presence", "is there a zebra ?", "no"),)], recipe.tokenizer, 144)
+        pack([(Question("presence", "is there a zebra ?", "no"),)], recipe.tokenizer, [PICTURE], QUESTION_TYPES)
     with pytest.raises(InputError, match="top left"):
-        pack([(Question("where", "where is the dog ?", "top left"),)], recipe.tokenizer, 144)
+        pack([(Question("where", "where is the dog ?", "top left"),)], recipe.tokenizer, [PICTURE], QUESTION_TYPES)
 
 
 def test_boxes_are_at_the_names_in_questions(recipe):
     """By a walk over the words of every question; names that occur twice and answers have none."""
     scenes = [Scenes("train", 5)[i] for i in range(6)]
-    packed = pack([s.questions for s in scenes], recipe.tokenizer, 144)
+    packed = pack([s.questions for s in scenes], recipe.tokenizer, [PICTURE] * 6, QUESTION_TYPES)
     boxes = name_boxes(packed, scenes, recipe.tokenizer)
     expected = torch.zeros_like(boxes)
     for row, scene in enumerate(scenes):

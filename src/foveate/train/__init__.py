@@ -9,7 +9,11 @@ from typing import Any
 
 from foveate.method import InputError
 
-_RECIPES = {"tiny-vit": ("tiny_vit", "TinyVit"), "tiny-llava": ("tiny_llava", "TinyLlava")}
+_RECIPES = {
+    "tiny-vit": ("tiny_vit", "TinyVit"),
+    "tiny-llava": ("tiny_llava", "TinyLlava"),
+    "tiny-onevision": ("tiny_onevision", "TinyOnevision"),
+}
 
 
 def names() -> list[str]:

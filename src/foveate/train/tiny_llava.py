@@ -1,12 +1,7 @@
 """Recipe for `tiny-llava`: a LLaVA that answers questions about scenes.
 
 The vision tower is `tiny-vit`, converted to CLIP and frozen. The language model and the projector are trained from
-scratch on the generated questions, all questions of a picture in one sequence:
-
-    <s> user : <image>x144 | is there a dog ? assistant : yes | what is at the top ? assistant : fox | …
-
-Every question attends to the shared prefix and to itself only, and its positions go on from the prefix's, so a
-question sees exactly what it would see alone: one picture's tokens are computed once for about ten questions.
+scratch on the generated questions, all questions of a picture in one sequence (see `packing.py`).
 
 The start matters for so small a model. The embeddings of the object names are the tower's own class directions, and
 the projector begins near the identity: a visual token on a dog points towards the word "dog" from the first step.
@@ -20,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -31,14 +26,14 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from foveate import zoo
-from foveate.data.scenes import NAMES, QUESTION_TYPES, Question, Scene, Scenes, held_out_questions, words
+from foveate.data.scenes import NAMES, QUESTION_TYPES, Scene, Scenes, held_out_questions, words
 from foveate.method import InputError
 from foveate.train.loop import Batch, Recipe, Settings, train
+from foveate.train.packing import NO_LABEL, answer_losses, pack, score, segment_mask
 from foveate.train.tiny_vit import TinyVit, normalised
 
 PREFIX = "USER: <image>"
 _EMBEDDING_NORM = 1.0
-_NO_LABEL = -100
 _ZOO = "zoo"
 
 
@@ -150,7 +145,8 @@ class TinyLlava(Recipe):
     def batch(self, step: int, rank: int, world: int) -> Batch:
         first = step * self.settings.batch
         scenes = [self.scenes[first + i] for i in range(rank, self.settings.batch, world)]
-        packed = pack([scene.questions for scene in scenes], self.tokenizer, self.llava.config.image_seq_length)
+        visual = [("<image>", self.llava.config.image_seq_length)] * len(scenes)
+        packed = pack([scene.questions for scene in scenes], self.tokenizer, visual, QUESTION_TYPES)
         packed["image"] = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()
         packed["boxes"] = name_boxes(packed, scenes, self.tokenizer)
         packed["box_weight"] = torch.tensor(self.settings.box_weight if step >= self.settings.box_from else 0.0)
@@ -206,11 +202,8 @@ class _Objective(nn.Module):
             use_cache=False,
             output_hidden_states=True,
         )
-        asked = labels != _NO_LABEL
-        logits = self.llava.lm_head(outputs.last_hidden_state[asked])
-        wanted = labels[asked]
-        losses = F.cross_entropy(logits, wanted, reduction="none").view(-1, 2).sum(1)
-        right = (logits.argmax(-1) == wanted).view(-1, 2).all(1)
+        asked = labels != NO_LABEL
+        losses, right = answer_losses(self.llava.lm_head(outputs.last_hidden_state[asked]), labels[asked])
 
         middle = outputs.hidden_states[(len(outputs.hidden_states) - 1) // 2]
         named = boxes[..., 2] > 0
@@ -220,53 +213,13 @@ class _Objective(nn.Module):
         return losses, right, distance / (4 * named.sum()).clamp(min=1)
 
 
-def pack(
-    questions: list[tuple[Question, ...]], tokenizer: PreTrainedTokenizerFast, image_tokens: int
-) -> dict[str, Tensor]:
-    """All questions of every picture in one sequence a picture.
-
-    Returns `ids`, `position`, `segment`, `labels` (B, S) long and `kinds` (questions,) long, the index of the type in
-    `QUESTION_TYPES`, in the order of the pictures. Segment 0 is the prefix with the picture, 1, 2, … are the questions,
-    -1 is padding. Labels are at the two places that predict: the answer's word and `</s>`.
-
-    Raises InputError for a word outside the vocabulary or an answer of several words.
-    """
-    vocabulary = tokenizer.get_vocab()
-    image, end = vocabulary["<image>"], vocabulary["</s>"]
-    head = [vocabulary[word] for word in ("<s>", "user", ":")]
-    prefix = head + [image] * image_tokens
-    tail = [vocabulary[word] for word in ("assistant", ":")]
-    rows, kinds = [], []
-    for asked in questions:
-        ids, position, segment = list(prefix), list(range(len(prefix))), [0] * len(prefix)
-        labels = [_NO_LABEL] * len(prefix)
-        for number, question in enumerate(asked, 1):
-            try:
-                text = [vocabulary[word] for word in question.question.split()] + tail
-                answer = vocabulary[question.answer]
-            except KeyError as error:
-                raise InputError(f"{error.args[0]!r} is not one word of the vocabulary") from None
-            ids += [*text, answer]
-            position += range(len(prefix), len(prefix) + len(text) + 1)
-            segment += [number] * (len(text) + 1)
-            labels += [_NO_LABEL] * (len(text) - 1) + [answer, end]
-            kinds.append(QUESTION_TYPES.index(question.type))
-        rows.append((ids, position, segment, labels))
-    length = max(len(row[0]) for row in rows)
-    fill = (vocabulary["<pad>"], 0, -1, _NO_LABEL)
-    columns = [
-        torch.tensor([row[i] + [value] * (length - len(row[i])) for row in rows]) for i, value in enumerate(fill)
-    ]
-    return dict(zip(("ids", "position", "segment", "labels"), columns)) | {"kinds": torch.tensor(kinds)}
-
-
 def name_boxes(packed: dict[str, Tensor], scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """(B, S, 4) centre x, centre y, width, height of the object that a question's token names.
 
     They are shares of the picture. Zero for all other tokens, for answers, and for names that several objects have.
     """
     boxes = torch.zeros(*packed["ids"].shape, 4)
-    asking = (packed["segment"] > 0) & (packed["labels"] == _NO_LABEL)
+    asking = (packed["segment"] > 0) & (packed["labels"] == NO_LABEL)
     for row, scene in enumerate(scenes):
         count = Counter(thing.name for thing in scene.objects)
         for thing in scene.objects:
@@ -275,17 +228,6 @@ def name_boxes(packed: dict[str, Tensor], scenes: list[Scene], tokenizer: PreTra
                 here = asking[row] & (packed["ids"][row] == tokenizer.convert_tokens_to_ids(thing.name))
                 boxes[row, here] = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
     return boxes
-
-
-def segment_mask(segment: Tensor) -> Tensor:
-    """(B, S) segments -> (B, 1, S, S) bool: True where row i may look at column j.
-
-    It looks back, at the prefix or at its own segment. (Padding sees the prefix and earlier padding; nothing sees
-    padding.)
-    """
-    rows, columns = segment[:, :, None], segment[:, None, :]
-    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
-    return (((columns == 0) | (columns == rows)) & causal)[:, None]
 
 
 @torch.no_grad()
@@ -297,8 +239,7 @@ def answer_accuracy(
     Beside it what the commonest answer of every type would score on the same questions.
     """
     questions = held_out_questions("test", count)
-    right: dict[str, int] = defaultdict(int)
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    given: list[str] = []
     for first in range(0, count, batch):
         asked = questions[first : first + batch]
         inputs = processor(
@@ -308,20 +249,8 @@ def answer_accuracy(
             return_tensors="pt",
         ).to(model.device)
         made = cast(Any, model).generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        for question, text in zip(asked, processor.batch_decode(made, skip_special_tokens=True)):
-            right[question.type] += text.strip() == question.answer
-            answers[question.type][question.answer] += 1
-    asked_of = {kind: answers[kind].total() for kind in QUESTION_TYPES if kind in answers}
-    commonest = {kind: answers[kind].most_common(1)[0][1] for kind in asked_of}
-    return {
-        "split": "test",
-        "questions": count,
-        "accuracy": sum(right.values()) / count,
-        "accuracy_by_type": {kind: right[kind] / n for kind, n in asked_of.items()},
-        "commonest_answer": sum(commonest.values()) / count,
-        "commonest_answer_by_type": {kind: commonest[kind] / n for kind, n in asked_of.items()},
-        "questions_by_type": asked_of,
-    }
+        given += [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
+    return score(((q.type, q.answer, text) for q, text in zip(questions, given)), QUESTION_TYPES)
 
 
 def _width(folder: Path) -> int:

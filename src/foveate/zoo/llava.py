@@ -19,29 +19,44 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT_WORDS = ("user", "assistant", ":")
 
-# The form that LLaVA 1.5 uses: `USER: <image>\nquestion ASSISTANT: answer </s>`; the tokenizer puts <s> in front.
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ 'USER: ' if message['role'] == 'user' else ' ASSISTANT: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ ' </s>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
+
+def chat_template(kinds: tuple[str, ...]) -> str:
+    """The form that LLaVA 1.5 uses: `USER: <image>\nquestion ASSISTANT: answer </s>`, for these kinds of visual input.
+
+    The tokenizer puts <s> in front.
+    """
+    visual = "".join(
+        f"{{% for part in message['content'] if part['type'] == '{kind}' %}}{{{{ '<{kind}>\n' }}}}{{% endfor %}}"
+        for kind in kinds
+    )
+    return (
+        "{% for message in messages %}"
+        "{{ 'USER: ' if message['role'] == 'user' else ' ASSISTANT: ' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        f"{visual}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        "{% endif %}"
+        "{% if message['role'] == 'assistant' %}{{ ' </s>' }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    )
 
 
-def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word: text is lower-cased and split at white space and punctuation; other words are `<unk>`."""
-    vocabulary = [*SPECIAL_TOKENS, *CHAT_WORDS, *(word for word in words if word not in CHAT_WORDS)]
+def build_tokenizer(words: list[str], kinds: tuple[str, ...] = ("image",)) -> PreTrainedTokenizerFast:
+    """One token a word: text is lower-cased and split at white space and punctuation; other words are `<unk>`.
+
+    There is a token for each of the `kinds` of visual input, `<image>` for "image".
+    """
+    visual = {f"{kind}_token": f"<{kind}>" for kind in kinds}
+    vocabulary = [*SPECIAL_TOKENS, *visual.values(), *CHAT_WORDS, *(word for word in words if word not in CHAT_WORDS)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -54,7 +69,7 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=visual,
         padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
@@ -76,7 +91,7 @@ def build_processor(words: list[str], *, image_size: int = 96, patch_size: int =
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=chat_template(("image",)),
     )
 
 
@@ -124,7 +139,7 @@ def build_llava(
     return model.eval()
 
 
-def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+def save_llava(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     """Writes model and processor into `folder`, each file to a hidden name first."""
     partial = folder / ".partial"
     model.save_pretrained(partial)
