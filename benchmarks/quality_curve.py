@@ -16,7 +16,7 @@ from llava_shaped import write, write_bytes
 from matplotlib.figure import Figure
 
 from foveate.data.samples import from_scenes
-from foveate.measure.compare import METHODS, Comparison, Row, compare
+from foveate.measure.compare import Comparison, Row, candidates, compare
 
 _ROOT = Path(__file__).parent.parent
 _MARKERS = "osD^vPX*"
@@ -26,8 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=_ROOT / "src/foveate/zoo/tiny-llava")
     parser.add_argument("--count", type=int, default=2000, help="questions")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25, 0.15, 0.1])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
+    parser.add_argument("--methods", nargs="+", default=list(candidates()))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
