@@ -1,7 +1,7 @@
 """Recipe for `tiny-onevision`: a LLaVA-OneVision that answers questions about scenes' pictures and scenes' clips.
 
-It begins as the zoo's `tiny-llava`, with more words; the vision tower stays frozen. A step sees new clips of eight
-frames and new pictures, all questions of each in one sequence (see `packing.py`).
+It begins as the zoo's `tiny-llava`, with more words; the vision tower stays frozen. A step sees new clips, eight frames
+out of sixteen, and new pictures, the questions of each in one sequence (see `packing.py`).
 
 A clip's answer is seldom in one frame, and no frame says when it was. Three more losses teach the steps in between;
 their linear heads are no part of the exported model:
@@ -49,7 +49,9 @@ from foveate.train.packing import NO_LABEL, answer_losses, pack, score, segment_
 from foveate.train.tiny_llava import TinyLlava, name_boxes
 from foveate.train.tiny_vit import normalised
 
-FRAMES = 8
+CLIP_FRAMES, FRAMES = 16, 8
+SHOWN = np.linspace(0, CLIP_FRAMES - 1, FRAMES).round().astype(int)
+"""Which frames of a clip the model gets: evenly spread, with the first and the last."""
 # "where" and "count" are asked of both, and mean other things.
 TYPES = (*QUESTION_TYPES, *(f"clip {kind}" for kind in CLIP_QUESTION_TYPES))
 _LEAST_COVER = 0.2  # of a pooled cell's pixels, for it to lie on an actor
@@ -66,7 +68,7 @@ class TinyOnevisionSettings(Settings):
     `motion_weight`, `track_weight`, `action_weight`: of the three further losses.
     """
 
-    steps: int = 1600
+    steps: int = 2000
     batch: int = 12
     lr: float = 1e-3
     warmup: int = 60
@@ -134,7 +136,7 @@ class TinyOnevision(Recipe):
         self.side = vision.image_size // vision.patch_size
         # As for tiny-llava, pictures that the tower was not trained on.
         self.scenes = Scenes("train", seed + 2_000_003)
-        self.clips = Clips("train", seed + 2_000_003, frames=FRAMES, size=vision.image_size)
+        self.clips = Clips("train", seed + 2_000_003, frames=CLIP_FRAMES, size=vision.image_size)
         self.model = _Objective(self.onevision)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
@@ -150,7 +152,9 @@ class TinyOnevision(Recipe):
         visual = [("<video>", FRAMES * (self.side // 2) ** 2 + 1)] * len(clips)
         visual += [("<image>", 2 * self.side**2 + self.side)] * len(scenes)
         batch = pack(asked, self.tokenizer, visual, TYPES)
-        batch["frames"] = torch.from_numpy(np.stack([c.frames for c in clips])).permute(0, 1, 4, 2, 3).contiguous()
+        batch["frames"] = (
+            torch.from_numpy(np.stack([c.frames[SHOWN] for c in clips])).permute(0, 1, 4, 2, 3).contiguous()
+        )
         batch["image"] = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).contiguous()
         still = {key: value[len(clips) :] for key, value in batch.items() if key in ("ids", "segment", "labels")}
         batch["boxes"] = name_boxes(still, scenes, self.tokenizer)
@@ -184,16 +188,16 @@ class TinyOnevision(Recipe):
     def evaluate(self) -> dict[str, Any]:
         """Pictures and clips apart, `test_scenes` questions each; at the top their number and accuracy together."""
         count = self.settings.test_scenes
-        stills, clips = held_out_questions("test", count), held_out_clip_questions("test", count, frames=FRAMES)
+        stills, clips = held_out_questions("test", count), held_out_clip_questions("test", count, frames=CLIP_FRAMES)
         given = self._answers([q.prompt for q in stills], lambda i: {"images": stills[i].image}, "<image>")
         pictures = score(((q.type, q.answer, text) for q, text in zip(stills, given)), QUESTION_TYPES)
-        given = self._answers([q.prompt for q in clips], lambda i: {"videos": clips[i].frames}, "<video>")
+        given = self._answers([q.prompt for q in clips], lambda i: {"videos": clips[i].frames[SHOWN]}, "<video>")
         moving = score(((q.type, q.answer, text) for q, text in zip(clips, given)), CLIP_QUESTION_TYPES)
         return {
             "split": "test",
             "questions": 2 * count,
             "accuracy": (pictures["accuracy"] + moving["accuracy"]) / 2,
-            "frames": FRAMES,
+            "frames": SHOWN.tolist(),
             "pictures": pictures,
             "clips": moving,
             "start_sha256": self.start_sha256,
@@ -329,15 +333,16 @@ def visual_tokens(
 
 
 def tracks_of(clip: Clip) -> np.ndarray:
-    """(actors, T, 5) centre x, centre y, width, height of the visible box, shares of the picture, and 1 if visible."""
-    boxes = np.stack([actor.boxes for actor in clip.actors]) / clip.frames.shape[1]
+    """(actors, FRAMES, 5) in the frames shown: centre x, centre y, width, height of the visible box, shares of the
+    picture, and 1 if visible."""
+    boxes = np.stack([actor.boxes[SHOWN] for actor in clip.actors]) / clip.frames.shape[1]
     low, high = boxes[..., :2], boxes[..., 2:]
     visible = (high > low).all(-1, keepdims=True)
     return np.concatenate([(low + high) / 2, high - low, visible], axis=-1).astype(np.float32)
 
 
 def cell_targets(clips: list[Clip], side: int) -> dict[str, Tensor]:
-    """What the (C, T side²) visual tokens of clips should know; a cell belongs to the actor that covers most of it.
+    """What the (C, FRAMES side²) visual tokens should know; a cell belongs to the actor that covers most of it.
 
     `cell_changes` (…, 8): the change of the owner's box (as in `tracks_of`) since the frame before, zero if it was not
     seen there, and since it was first seen. `cell_owned` bool. `cell_actions` (…, actions) of the owner; `cell_last`
@@ -346,8 +351,9 @@ def cell_targets(clips: list[Clip], side: int) -> dict[str, Tensor]:
     found: dict[str, list[np.ndarray]] = {}
     for clip in clips:
         tracks = tracks_of(clip)
-        frames, size = clip.owner.shape[:2]
-        blocks = clip.owner.reshape(frames, side, size // side, side, size // side)
+        shown = clip.owner[SHOWN]
+        frames, size = shown.shape[:2]
+        blocks = shown.reshape(frames, side, size // side, side, size // side)
         cover = np.stack([(blocks == i).mean((2, 4)) for i in range(len(clip.actors))])
         owner = cover.argmax(0).reshape(frames, side**2)
         owned = cover.max(0).reshape(frames, side**2) >= _LEAST_COVER
@@ -366,7 +372,7 @@ def cell_targets(clips: list[Clip], side: int) -> dict[str, Tensor]:
 
 def name_targets(packed: dict[str, Tensor], clips: list[Clip], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
     """What the names in questions should know: `name_at` (N, 2) sequence and place of a name that one actor has,
-    `name_tracks` (N, T, 5) as in `tracks_of`, `name_actions` (N, actions). The first sequences are those of the clips.
+    `name_tracks` (N, FRAMES, 5) as in `tracks_of`, `name_actions` (N, actions). The first sequences are the clips'.
     """
     asking = (packed["segment"] > 0) & (packed["labels"] == NO_LABEL)
     at, tracks, actions = [], [], []
