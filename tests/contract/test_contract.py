@@ -18,9 +18,10 @@ from foveate.hosts.host import Host
 from foveate.method import KINDS, STAGES, Claim, HostShape, InputError, registry
 from foveate.tokens import DROPPED, Tokens
 from tiny import prompt, single, vision, vlm
+from tiny_video import clips, videomae
 
 METHODS = registry()
-FAMILIES = {"hf-vlm": ("clip-llama", "next"), "hf-vision": ("vit",), "timm": ("timm-reg-avg",)}
+FAMILIES = {"hf-vlm": ("clip-llama", "next"), "hf-vision": ("vit",), "hf-video": ("videomae",), "timm": ("timm-reg-avg",)}
 """family -> names of tiny hosts. The timm head averages the patches, so that it notices what happens to them."""
 
 QUIET = ("dense", "var-sink")
@@ -33,11 +34,15 @@ in_language_models = pytest.mark.parametrize("slug", [slug for slug, family in P
 
 
 def model(name: str, **config: Any) -> Any:
+    if name == "videomae":
+        return videomae(**config)
     return vision(name, **config) if name in ("vit", "timm-reg-avg") else vlm(name, **config)
 
 
 def inputs(host: Any, samples: int = 2) -> Any:
-    """Two samples of different lengths, left padded, or two pictures."""
+    """Two samples of different lengths, left padded, or two pictures, or two clips."""
+    if hasattr(host, "config") and host.config.model_type == "videomae":
+        return clips()[:samples]
     if not hasattr(host, "generate"):
         return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))[:samples]
     sizes = [(24, 12), (16, 30)][:samples] if hasattr(host.model, "pack_image_features") else None

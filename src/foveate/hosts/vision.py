@@ -1,4 +1,4 @@
-"""Vision encoders: ViT, CLIP, SigLIP, DINOv2, InternViT, VideoMAE of transformers, timm's VisionTransformer (ViT, DeiT).
+"""Vision encoders: ViT, CLIP, SigLIP, DINOv2, InternViT, VideoMAE of transformers; timm's VisionTransformer, DeiT.
 
 `Encoder` hooks one encoder; `VisionHost` is a model that is just that, and `hosts/llava.py` uses the same class for
 the vision tower. The sequence in an encoder is [prefix | patches]: class and register tokens are never handed to a
@@ -91,8 +91,8 @@ class Encoder:
         self.blocks: Any = tower.get_submodule(anatomy.layers)
         self.attentions = [block.get_submodule(anatomy.attention) for block in self.blocks]
         # Without a norm of its own (VideoMAE under a head that averages) the last layer's output is the encoder's.
-        self.final = self.blocks[-1] if anatomy.final.endswith(".-1") else _submodule(tower, anatomy.final)
-        self.final = self.blocks[-1] if self.final is None else self.final
+        final = None if anatomy.final.endswith(".-1") else _submodule(tower, anatomy.final)
+        self.final: nn.Module = self.blocks[-1] if final is None else final
         self.pool = _submodule(tower, anatomy.pool)
         self.layers = len(self.blocks)
         if self.timm:

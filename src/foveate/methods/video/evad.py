@@ -1,0 +1,670 @@
+"""EVAD: who does what, where, in a clip. The keyframe keeps all of its tokens, the rest only what moves."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.method import (
+    Card,
+    Claim,
+    HostShape,
+    InputError,
+    Method,
+    Stage,
+    at,
+    at_depth,
+    choice,
+    depth,
+    did_you_mean,
+    register,
+    share,
+    whole,
+    within,
+)
+from foveate.nn.sparse_rcnn import FeaturePyramid, ProposalHead, Proposals, box_losses, look, match_all
+from foveate.tokens import Tokens, take
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "vit-b": {},
+    "vit-l": {
+        "hidden": 1024, "layers": 24, "heads": 16, "levels": (5, 11, 17, 23), "drop_path": 0.2,
+        "decoder_hidden": 512, "decoder_layers": 12, "decoder_heads": 8, "action_weight": 6.0,
+    },
+    "tiny": {
+        "image": 96, "frames": 8, "patch": 8, "hidden": 128, "layers": 6, "heads": 4, "levels": (1, 2, 4, 5),
+        "drop_path": 0.0, "channels": 64, "dynamic": 16, "feedforward": 256, "proposals": 12, "stages": 3,
+        "decoder_hidden": 96, "decoder_layers": 3, "decoder_heads": 3, "decoder_drop_path": 0.0, "classifier": 256,
+        "classes": 12,
+    },
+}  # fmt: skip
+"""Arguments of `EvadDetector` by name: the paper's ViT-B (the defaults) and ViT-L, and this project's "tiny"."""
+
+_CHUNK = 2**22
+"""Most attention probabilities in one block: 16 MiB of float32."""
+
+
+@functools.lru_cache(maxsize=4)
+def _on_meta(name: str, frames: int) -> EvadDetector:
+    with torch.device("meta"):
+        return EvadDetector.named(name, frames=frames)
+
+
+def _meta(name: str, keep: float, weight: float, frames: int) -> Callable[[], nn.Module]:
+    return lambda: _on_meta(name, frames).set_dropout(keep=keep, weight=weight)
+
+
+def _clip(side: int, frames: int) -> Callable[[], Sequence[Any]]:
+    return lambda: (torch.empty(1, 3, frames, side, side),)
+
+
+def _left(drop: int, patches: int, keyframe: int) -> Callable[[Any], float]:
+    return lambda evad: float(evad.left(patches, keyframe)[drop])
+
+
+@register
+class Evad(Method):
+    """Between attention and MLP of a few layers, tokens of a clip are dropped, but never those of the keyframe.
+
+    With A (B, H, N, N) the layer's attention after the softmax and w_i = `weight` for rows of the keyframe and 1 for
+    the others, token j scores `s_j = mean over heads and rows i of w_i A_ij`. Of N tokens, t h w at first, the best
+    `max(ceil(keep N), h w)` stay, the h w of the keyframe (time slot t // 2) before all others; they alone go
+    through the layer's MLP: `(B, N, C) -> (B, ceil(keep N), C)`. They stay in raster order: positions are in the
+    features already, so order means nothing to the layers that follow.
+
+    Efficient Video Action Detection with Token Dropout and Context Refinement, ICCV 2023,
+    https://arxiv.org/abs/2304.08451, section 3.2. `EvadDetector` is the whole model. `select` and `protect_keyframe`
+    are what the paper's ablations vary.
+    """
+
+    card = Card(
+        slug="evad", title="Efficient Video Action Detection with Token Dropout and Context Refinement",
+        arxiv="2304.08451", year=2023, kind="video", hosts=("hf-video",), identity={"keep": 1.0},
+        summary="Drops tokens of a clip in three layers of its encoder, but none of the keyframe's; detects actions.",
+        parameters={
+            "keep": "share of all tokens that is left by each drop, the keyframe's included",
+            "layers": "in which layers tokens are dropped: whole numbers, or shares of the depth (0.25 of 12 is 3)",
+            "weight": "of the keyframe's rows in the score, others having 1 (4 in the paper's setting with keep 0.6)",
+            "select": "'attention', or 'random' with the same numbers of tokens",
+            "protect_keyframe": "whether the keyframe's tokens always stay",
+            "seed": "of a random selection",
+        },
+    )  # fmt: skip
+
+    claims = (
+        *(
+            Claim(
+                f"MACs of {label}", "flops", figure, source, tolerance=0.01, counting="macs",
+                model=_meta(name, keep, weight, frames), inputs=_clip(side, frames),
+            )
+            for label, figure, source, name, keep, weight, side, frames in (
+                ("ViT-B, dense", 425e9, "README table", "vit-b", 1.0, 1.0, 288, 16),
+                ("ViT-B, keep 0.7", 243e9, "README table", "vit-b", 0.7, 1.0, 288, 16),
+                ("ViT-B, keep 0.6, weight 4", 209e9, "README table", "vit-b", 0.6, 4.0, 288, 16),
+                ("ViT-L, keep 0.7", 737e9, "README table", "vit-l", 0.7, 1.0, 288, 16),
+                ("ViT-L, dense", 1325e9, "card", "vit-l", 1.0, 1.0, 288, 16),
+                ("ViT-B, 8 frames, dense", 182e9, "card", "vit-b", 1.0, 1.0, 288, 8),
+                ("ViT-B, 8 frames, keep 0.7", 112e9, "card", "vit-b", 0.7, 1.0, 288, 8),
+                ("ViT-B, 8 frames, keep 0.6", 98e9, "card", "vit-b", 0.6, 1.0, 288, 8),
+                ("ViT-L, 8 frames, dense", 570e9, "card", "vit-l", 1.0, 1.0, 288, 8),
+                ("ViT-L, 8 frames, keep 0.7", 336e9, "card", "vit-l", 0.7, 1.0, 288, 8),
+                ("ViT-B, 320 px, keep 0.7", 318e9, "card", "vit-b", 0.7, 1.0, 320, 16),
+                ("ViT-B, 352 px, keep 0.7", 409e9, "card", "vit-b", 0.7, 1.0, 352, 16),
+                ("ViT-B, 384 px, keep 0.7", 521e9, "card", "vit-b", 0.7, 1.0, 384, 16),
+            )
+        ),
+        *(
+            Claim(
+                f"parameters of {label}", "parameters", figure, "card", tolerance=0, model=_meta(name, 0.7, 1.0, 16),
+            )
+            for label, figure, name in (("ViT-B", 185_359_636, "vit-b"), ("ViT-L", 439_535_220, "vit-l"))
+        ),
+        *(
+            Claim(
+                f"tokens of 2592 after drop {drop + 1}, keep {keep}", "value", figure, "card", tolerance=0,
+                settings={"keep": keep}, value=_left(drop, 2592, 324),
+            )
+            for keep, figures in ((0.7, (1815, 1271, 890)), (0.6, (1556, 934, 561)))
+            for drop, figure in enumerate(figures)
+        ),
+    )  # fmt: skip
+
+    def __init__(
+        self, *, keep: float = 0.7, layers: Sequence[int | float] = (0.25, 0.5, 0.75), weight: float = 1.0,
+        select: str = "attention", protect_keyframe: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.keep = share("keep", keep)
+        if not isinstance(layers, list | tuple):
+            raise InputError(f"layers must be a list of layers, not {layers!r}")
+        self.layers = tuple(depth("layers", layer) for layer in layers)
+        if len(set(self.layers)) != len(self.layers):
+            raise InputError(f"layers must not repeat, not {layers!r}")
+        self.weight = within("weight", weight, "(0, inf)")
+        self.select = choice("select", select, ("attention", "random"))
+        if not isinstance(protect_keyframe, bool):
+            raise InputError(f"protect_keyframe must be true or false, not {protect_keyframe!r}")
+        self.protect_keyframe = protect_keyframe
+        self.seed = whole("seed", seed)
+
+    def drops(self, count: int) -> tuple[int, ...]:
+        """The layers, of `count`, in which tokens are dropped."""
+        return tuple(at_depth("layers", layer, count) for layer in self.layers) if self.keep < 1 else ()
+
+    def after(self, tokens: int, keyframe: int) -> int:
+        """How many of `tokens`, of which `keyframe` are the keyframe's, a drop leaves."""
+        # In binary 0.7 * 10 may be above 7, and a token is not added for that.
+        left = max(1, math.ceil(self.keep * tokens - 1e-9))
+        return min(tokens, max(left, keyframe) if self.protect_keyframe else left)
+
+    def left(self, tokens: int, keyframe: int) -> list[int]:
+        """How many are left after each of `layers`."""
+        counts = [tokens]
+        for _ in self.layers:
+            counts.append(self.after(counts[-1], keyframe))
+        return counts[1:]
+
+    @classmethod
+    def for_budget(cls, budget: float, host: HostShape) -> Method:
+        """The greatest `keep` with which the encoder's output has at most `budget` of the patches."""
+        target = int(share("budget", budget) * host.patches + 1e-9)
+        keyframe = host.patches // host.slots
+        if budget == 1:
+            return cls(keep=1.0)
+        if target < keyframe or host.slots == 1:
+            raise InputError(
+                f"evad keeps the {keyframe} tokens of the keyframe: it cannot bring {host.patches} tokens to {target}"
+            )
+        # Three drops: never fewer tokens than the cube root of the budget leaves, but for rounding.
+        low, high = 0.0, budget ** (1 / 3)
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cls(keep=middle).left(host.patches, keyframe)[-1] <= target else (low, middle)
+        return cls(keep=low)
+
+    def check(self, host: HostShape) -> None:
+        if host.slots == 1:
+            raise InputError("evad needs clips: a picture is its own keyframe, and nothing of that is dropped")
+        layers = [at_depth("layers", layer, host.vision_layers) for layer in self.layers]
+        if layers != sorted(set(layers)):
+            raise InputError(f"layers {self.layers} are {layers} on this host; they must ascend")
+
+    def reads(self, host: HostShape) -> tuple[str, ...]:
+        if self.select == "random":
+            return ()
+        return tuple(f"vision.attention[{layer}]" for layer in self.drops(host.vision_layers))
+
+    def chosen(self, score: Tensor, keyframe: Tensor, left: int, ordered: bool = True) -> Tensor:
+        """(B, left) indices of the tokens that stay, of score (B, N); `keyframe` (B, N) bool marks those of the
+        keyframe. In their order, or the highest score first."""
+        if self.protect_keyframe:
+            score = score.masked_fill(keyframe, math.inf)
+        index = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :left]
+        return index.sort(1).values if ordered else index
+
+    @at("vision.mlp")
+    def drop(self, tokens: Tokens, at: Stage) -> Tokens:
+        batch, count = tokens.x.shape[:2]
+        keyframe = tokens.position[..., 0].round() == at.host.slots // 2
+        if at.layer not in self.drops(at.host.vision_layers):
+            return tokens
+        # The same for all clips, unless another method has been at them.
+        left = self.after(count, int(keyframe.sum(1).max()))
+        if left == count:
+            return tokens
+        if tokens.valid is not None:
+            raise InputError("evad drops equally many tokens of each clip; let no other method act before it")
+        if self.select == "random":
+            score = self.lot(count, at.layer).to(tokens.x.device).expand(batch, -1)
+        else:
+            attention = at.signals.attention(at.layer)
+            rows = torch.zeros(batch, attention.length, dtype=torch.bool, device=keyframe.device)
+            rows.scatter_(1, attention.visual, keyframe)
+            score = attention.received() * attention.length
+            if self.weight != 1:
+                # The sum over the keyframe's rows is in there once.
+                score = score + (self.weight - 1) * rows.sum(1, keepdim=True) * attention.received(rows)
+            score = score.gather(1, attention.visual)
+        return tokens.keep(self.chosen(score, keyframe, left))
+
+    def lot(self, count: int, layer: int) -> Tensor:
+        """(count,) random scores in [0, 1): the same for all clips."""
+        return torch.rand(count, generator=torch.Generator().manual_seed(1000 * self.seed + layer))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What the encoder makes of clips with N = t h w tokens, s = h w of them in the keyframe.
+
+    Attributes:
+        tokens: (B, K, D) those that are left, with the final norm; the keyframe's come first.
+        index: (B, K) long, the place of each in [keyframe | other slots in time order]: in the card's words, the
+            first s are 0 … s - 1, and `index[:, s:] - s` is idx.
+        frames: the keyframe's tokens (B, s, D) after some layers, without a norm, for the feature pyramid.
+        grid: (t, h, w).
+    """
+
+    tokens: Tensor
+    index: Tensor
+    frames: list[Tensor]
+    grid: tuple[int, int, int]
+
+    @property
+    def order(self) -> Tensor:
+        """(N,) long: the place in time order of each place in [keyframe | other slots]."""
+        return keyframe_first(self.grid, self.index.device)
+
+    @property
+    def source(self) -> Tensor:
+        """(B, N) long: the token that carries each patch, in time order, -1 where it was dropped: for overlays."""
+        batch, kept = self.index.shape
+        place = self.order[self.index]
+        empty = torch.full((batch, math.prod(self.grid)), -1, device=place.device)
+        return empty.scatter(1, place, torch.arange(kept, device=place.device).expand(batch, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What the model says of B clips with P proposals.
+
+    Attributes:
+        person: (S, B, P, 2) logits of [person, no object] of each of the S heads.
+        boxes: (S, B, P, 4) (x1, y1, x2, y2) px of the input, not clipped.
+        actions: (L, B, P, classes) logits of each decoder layer; in evaluation of the last alone, L = 1.
+        size: (B, 2) height and width px of the pictures.
+        encoded: see `Encoded`.
+    """
+
+    person: Tensor
+    boxes: Tensor
+    actions: Tensor
+    size: Tensor
+    encoded: Encoded
+
+
+class Found(NamedTuple):
+    """Persons of a clip: boxes (n, 4) px within the picture, score (n,) of being one, actions (n, classes) in 0..1."""
+
+    boxes: Tensor
+    score: Tensor
+    actions: Tensor
+
+
+class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
+    """Finds persons in the keyframe of a clip and says what they do.
+
+    VideoMAE with `Evad`'s dropout -> a feature pyramid of the keyframe -> P proposals that S heads turn into boxes
+    (Sparse R-CNN) -> each box, widened and extended through all time slots, becomes a token that a decoder refines
+    together with the clip's surviving tokens -> P x classes action scores. `save_pretrained`, `from_pretrained` and
+    `push_to_hub` are those of huggingface_hub; `load_backbone` takes the weights of any VideoMAE checkpoint.
+
+    Args:
+        image, frames, patch, tubelet: what the position table is for: image / patch places a side and frames / tubelet
+            slots, an even number. Clips may have another height and width, not another number of frames.
+        hidden, layers, heads: of the encoder; its MLP is 4 times as wide.
+        drops: layers in which tokens are dropped, see `Evad`; likewise `keep`, `weight`, `select`, `protect_keyframe`.
+        levels: four layers whose output feeds the pyramid.
+        drop_path: stochastic depth of the last encoder layer, rising linearly from 0 as VideoMAE's does (the paper
+            gives one number).
+        channels, dynamic, feedforward, proposals, stages: of the Sparse R-CNN part.
+        decoder_hidden, decoder_layers, decoder_heads, decoder_drop_path, classifier, classes: of the decoder.
+        extend: how much wider and higher than a box its context is.
+        action_weight: of the action loss.
+        released_order: give kept tokens the positions that the authors' code gives them (the highest score gets the
+            first place, and so on), for their weights; otherwise each keeps its own.
+
+    Raises:
+        InputError: for numbers that do not go together.
+    """
+
+    positions: Tensor
+    decoder_positions: Tensor
+
+    def __init__(
+        self, *, image: int = 224, frames: int = 16, patch: int = 16, tubelet: int = 2, hidden: int = 768,
+        layers: int = 12, heads: int = 12, drops: Sequence[int | float] = (0.25, 0.5, 0.75), keep: float = 0.7,
+        weight: float = 1.0, select: str = "attention", protect_keyframe: bool = True,
+        levels: Sequence[int] = (2, 5, 8, 11), drop_path: float = 0.1, channels: int = 256, dynamic: int = 64,
+        feedforward: int = 2048, proposals: int = 100, stages: int = 6, decoder_hidden: int = 384,
+        decoder_layers: int = 6, decoder_heads: int = 6, decoder_drop_path: float = 0.1, classifier: int = 2048,
+        classes: int = 80, extend: Sequence[float] = (0.4, 0.2), action_weight: float = 12.0,
+        released_order: bool = False,
+    ) -> None:  # fmt: skip
+        from transformers import VideoMAEConfig, VideoMAEModel
+        from transformers.models.videomae.modeling_videomae import VideoMAELayer
+
+        super().__init__()
+        if frames % (2 * tubelet) or image % patch or patch & (patch - 1):
+            raise InputError(
+                f"{frames} frames in tubelets of {tubelet} must make an even number of slots, {image} px a whole "
+                f"number of patches, and patches of {patch} px a power of two"
+            )
+        if len(levels) != 4 or not all(0 <= level < layers for level in levels):
+            raise InputError(f"levels must be four of the {layers} layers, not {levels!r}")
+        if hidden % heads or decoder_hidden % decoder_heads:
+            raise InputError("hidden must be a multiple of heads, and decoder_hidden of decoder_heads")
+        self.dropout = Evad(keep=keep, layers=drops, weight=weight, select=select, protect_keyframe=protect_keyframe)
+        self.dropout.drops(layers)
+        self.patch, self.tubelet, self.levels, self.extend = patch, tubelet, tuple(levels), tuple(extend)
+        self.action_weight, self.released_order, self.classes = action_weight, released_order, classes
+
+        def config(width: int, depth: int, heads: int) -> Any:
+            return VideoMAEConfig(
+                image_size=image, patch_size=patch, num_frames=frames, tubelet_size=tubelet, hidden_size=width,
+                num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width, layer_norm_eps=1e-6,
+                use_mean_pooling=False, attn_implementation="sdpa",
+            )  # fmt: skip
+
+        self.backbone = VideoMAEModel(config(hidden, layers, heads))
+        self.paths = [drop_path * layer / max(1, layers - 1) for layer in range(layers)]
+        self.pyramid = FeaturePyramid(hidden, channels)
+        self.proposals = Proposals(proposals, channels)
+        self.heads = nn.ModuleList(ProposalHead(channels, dynamic, feedforward) for _ in range(stages))
+        decoder = config(decoder_hidden, decoder_layers, decoder_heads)
+        self.decoder = nn.ModuleDict(
+            {
+                "projection": nn.Linear(hidden, decoder_hidden, bias=False),
+                "layers": nn.ModuleList(VideoMAELayer(decoder) for _ in range(decoder_layers)),
+                "classifiers": nn.ModuleList(
+                    nn.Sequential(
+                        nn.Linear(decoder_hidden, classifier, bias=False), nn.LayerNorm(classifier), nn.ReLU(),
+                        nn.Linear(classifier, classes),
+                    )
+                    for _ in range(decoder_layers)
+                ),
+            }
+        )  # fmt: skip
+        self.decoder_drop_path = decoder_drop_path
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_hidden))
+        for weights in (self.mask_token, *self.heads.parameters(), *self.decoder.parameters()):
+            if weights.ndim > 1:
+                nn.init.xavier_uniform_(weights)
+        # Fixed tables, not weights: in no checkpoint, but they move with the model.
+        slots, side = frames // tubelet, image // patch
+        for name, width in (("positions", hidden), ("decoder_positions", decoder_hidden)):
+            table = sinusoid(slots * side * side, width).view(slots, side, side, width)
+            self.register_buffer(name, table, persistent=False)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> EvadDetector:
+        """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
+        if name not in CONFIGURATIONS:
+            raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
+        return cls(**(CONFIGURATIONS[name] | changes))
+
+    def set_dropout(self, **changes: Any) -> EvadDetector:
+        """Changes arguments of `dropout` (see `Evad`), e.g. `keep`, under the same weights; returns the model."""
+        self.dropout = Evad(**(self.dropout.hyperparameters() | changes))
+        return self
+
+    def load_backbone(self, checkpoint: str) -> None:
+        """Takes the encoder's weights from a VideoMAE checkpoint (a hub id or a folder), safetensors only.
+
+        A fine-tuned classifier has no final norm of the encoder's own; ours stays as it is then.
+        """
+        from transformers import VideoMAEModel
+
+        loaded = VideoMAEModel.from_pretrained(
+            checkpoint, config=self.backbone.config, use_safetensors=True, trust_remote_code=False
+        )
+        self.backbone.load_state_dict(loaded.state_dict())
+
+    def groups(self, lr: float, weight_decay: float = 1e-4, factor: float = 8.0) -> list[dict[str, Any]]:
+        """Parameter groups for AdamW as the paper trains: heads and decoder at `factor` times `lr`; no weight decay on
+        what has one dimension, nor on the mask token."""
+        found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, weights in self.named_parameters():
+            if weights.requires_grad:
+                decays = weights.ndim > 1 and name != "mask_token"
+                found.setdefault((self.fast(name), decays), []).append(weights)
+        return [
+            {"params": some, "lr": lr * (factor if fast else 1), "weight_decay": weight_decay if decays else 0.0}
+            for (fast, decays), some in found.items()
+        ]
+
+    @staticmethod
+    def fast(name: str) -> bool:
+        """Whether the parameter of that name belongs to what the paper trains at 8 times the rate."""
+        return name.startswith(("heads.", "decoder.", "mask_token"))
+
+    def forward(self, pixels: Tensor, size: Tensor | None = None) -> Detections:
+        """pixels (B, 3, T, H, W) as `normalised` makes them; size (B, 2) height and width px where pictures are padded
+        on the right and below, None where they are not.
+
+        Raises:
+            InputError: for another number of frames than the model is for.
+        """
+        height, width = pixels.shape[3:]
+        if size is None:
+            size = torch.tensor([[height, width]], device=pixels.device).expand(len(pixels), -1)
+        step = 2 * self.patch
+        pixels = F.pad(pixels, (0, -width % step, 0, -height % step))
+        encoded = self.encode(pixels)
+        _, h, w = encoded.grid
+        levels = self.pyramid([frame.transpose(1, 2).unflatten(2, (h, w)) for frame in encoded.frames])
+        person, boxes = self.locate(levels, size)
+        return Detections(person, boxes, self.classify(encoded, boxes[-1], size), size, encoded)
+
+    def encode(self, pixels: Tensor) -> Encoded:
+        """The encoder: pixels (B, 3, T, H, W), H and W multiples of twice the patch."""
+        table = self.positions
+        if pixels.shape[2] != len(table) * self.tubelet:
+            raise InputError(f"this model is for clips of {len(table) * self.tubelet} frames, not {pixels.shape[2]}")
+        x = self.backbone.embeddings.patch_embeddings.projection(pixels)
+        grid = (x.shape[2], x.shape[3], x.shape[4])
+        frame = grid[1] * grid[2]
+        x = x.flatten(2).transpose(1, 2) + resized(table, grid).to(x.dtype)
+        x = x.index_select(1, keyframe_first(grid, x.device))
+        index = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        dropout, layers = self.dropout, self.backbone.encoder.layer
+        drops, frames, canvas = dropout.drops(len(layers)), [], x[:, :frame]
+        for number, (layer, path) in enumerate(zip(layers, self.paths)):
+            left = dropout.after(x.shape[1], frame) if number in drops else x.shape[1]
+            if left == x.shape[1]:
+                x = self._feed(layer, self._attend(layer, x, path), path)
+            else:
+                rows = torch.where(index < frame, dropout.weight, 1.0)
+                x, score = self._scored(layer, x, path, rows, number)
+                if not dropout.protect_keyframe:
+                    canvas = onto(canvas, x, index)
+                chosen = dropout.chosen(score, index < frame, left, ordered=not self.released_order)
+                x, index = take(x, chosen), index.gather(1, chosen)
+                x = self._feed(layer, x, path)
+            if number in self.levels:
+                # A token of the keyframe that was dropped all the same stays as it was.
+                canvas = x[:, :frame] if dropout.protect_keyframe else onto(canvas, x, index)
+                frames.append(canvas)
+        if self.released_order:
+            index = index.sort(1).values
+        return Encoded(self.backbone.layernorm(x), index, frames, grid)
+
+    def _attend(self, layer: Any, x: Tensor, path: float) -> Tensor:
+        return x + self._survives(layer.attention(layer.layernorm_before(x)), path)
+
+    def _scored(self, layer: Any, x: Tensor, path: float, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """As `_attend`, and the score (B, N) of each token."""
+        if self.dropout.select == "random":
+            # In training another lot for each clip and step.
+            score = torch.rand_like(rows) if self.training else self.dropout.lot(x.shape[1], number).to(rows)
+            return self._attend(layer, x, path), score.expand(len(x), -1)
+        normed, inner = layer.layernorm_before(x), layer.attention.attention
+        query, key, value = (
+            project(normed).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
+            for project in (inner.query, inner.key, inner.value)
+        )
+        out, score = attention_and_score(query, key, value, rows)
+        out = layer.attention.output(out.transpose(1, 2).flatten(2), normed)
+        return x + self._survives(out, path), score
+
+    def _feed(self, layer: Any, x: Tensor, path: float) -> Tensor:
+        hidden = layer.intermediate(layer.layernorm_after(x))
+        return x + self._survives(layer.output.dropout(layer.output.dense(hidden)), path)
+
+    def _survives(self, branch: Tensor, path: float) -> Tensor:
+        """Stochastic depth: in training, the branch is left out of some clips."""
+        if not self.training or path == 0:
+            return branch
+        alive = torch.rand(len(branch), 1, 1, device=branch.device) >= path
+        return branch * alive / (1 - path)
+
+    def locate(self, levels: Sequence[Tensor], size: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (S, B, P, 2) and boxes (S, B, P, 4) of every head, of the pyramid's levels."""
+        boxes, feature = self.proposals(size)
+        person, found = [], []
+        for head in self.heads:
+            logits, boxes, feature = head(look(levels, boxes.detach(), self.patch / 4), feature, boxes)
+            person.append(logits)
+            found.append(boxes)
+            # Each head learns from its own step alone.
+            boxes = boxes.detach()
+        return torch.stack(person), torch.stack(found)
+
+    def classify(self, encoded: Encoded, boxes: Tensor, size: Tensor) -> Tensor:
+        """Action logits (L, B, P, classes) of boxes (B, P, 4); outside training of the last layer alone."""
+        visible = self.decoder["projection"](encoded.tokens)
+        places = resized(self.decoder_positions, encoded.grid).to(visible.dtype)
+        volume = self.volume(visible, encoded, places)
+        places = places.index_select(1, encoded.order)
+        visible = visible + take(places.expand(len(visible), -1, -1), encoded.index)
+        actors = actor_features(volume, widened(boxes.detach(), self.extend, size), self.patch)
+        x, logits = torch.cat([visible, actors], 1), []
+        layers: Any = self.decoder["layers"]
+        classifiers: Any = self.decoder["classifiers"]
+        for number, (layer, classifier) in enumerate(zip(layers, classifiers)):
+            x = self._feed(layer, self._attend(layer, x, self.decoder_drop_path), self.decoder_drop_path)
+            if self.training or number == len(layers) - 1:
+                logits.append(classifier(x[:, -actors.shape[1] :]))
+        return torch.stack(logits)
+
+    def volume(self, visible: Tensor, encoded: Encoded, places: Tensor) -> Tensor:
+        """(B, t, h, w, d): the whole clip again, the mask token where a token was dropped, plus `places` (1, N, d)."""
+        batch, _, channels = visible.shape
+        index = encoded.index.unsqueeze(-1).expand_as(visible)
+        whole = self.mask_token.to(visible.dtype).expand(batch, places.shape[1], channels).scatter(1, index, visible)
+        whole = whole.index_select(1, encoded.order.argsort()) + places
+        return whole.unflatten(1, encoded.grid)
+
+    def loss(
+        self, found: Detections, boxes: Tensor, labels: Tensor, present: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of all weighted terms, and the last of each kind.
+
+        Every head is matched by itself and pays 2 x cross entropy, 5 x L1 and 2 x GIoU; every decoder layer pays
+        `action_weight` x binary cross entropy on the proposals that the last head matches.
+
+        Args:
+            boxes: (B, A, 4) px.
+            labels: (B, A, classes) 0 or 1.
+            present: (B, A) bool, which of them there are; the others are padding.
+        """
+        terms: list[Tensor] = []
+        for person, moved in zip(found.person, found.boxes):
+            matched = match_all(person, moved, boxes, present, found.size)
+            parts = box_losses(person, moved, boxes, found.size, matched)
+            terms += [2 * parts["person"], 5 * parts["l1"], 2 * parts["giou"]]
+        wanted = labels[matched.picture, matched.target].to(found.actions.dtype)
+        for logits in found.actions:
+            ours = logits[matched.picture, matched.proposal]
+            loss = F.binary_cross_entropy_with_logits(ours, wanted) if len(ours) else logits.sum() * 0
+            terms.append(self.action_weight * loss)
+            parts["action"] = loss
+        return torch.stack(terms).mean(), parts
+
+    @torch.no_grad()
+    def detect(self, pixels: Tensor, size: Tensor | None = None, threshold: float = 0.7) -> list[Found]:
+        """What `forward` finds, for each clip: proposals that are a person with at least `threshold`; where there are
+        none, all of them. No suppression of overlaps; action scores are not multiplied with the person's."""
+        found = self(pixels, size)
+        results = []
+        for person, boxes, actions, (height, width) in zip(
+            found.person[-1].softmax(-1)[..., 0], found.boxes[-1], found.actions[-1], found.size.tolist()
+        ):
+            sure = person >= threshold
+            sure = sure if bool(sure.any()) else torch.ones_like(sure)
+            limit = boxes.new_tensor([width, height, width, height])
+            results.append(Found(boxes[sure].clamp(min=0).minimum(limit), person[sure], actions[sure].sigmoid()))
+        return results
+
+
+def normalised(frames: Tensor) -> Tensor:
+    """uint8 frames as what the model reads: (value / 255 - 0.45) / 0.225."""
+    return (frames.float() / 255 - 0.45) / 0.225
+
+
+def sinusoid(count: int, width: int) -> Tensor:
+    """(count, width): sin(n / 10000^(2 floor(j/2) / width)) at even j, cos at odd j."""
+    place = torch.arange(count, dtype=torch.float64).unsqueeze(1)
+    turns = torch.arange(width, dtype=torch.float64).div(2, rounding_mode="floor") * 2 / width
+    angle = place / 10000**turns
+    return torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def resized(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """(1, t h w, D) positions for a grid, of a table (t, rows, columns, D): bicubic within each slot."""
+    if table.shape[1:3] != grid[1:]:
+        planes = F.interpolate(table.permute(0, 3, 1, 2), size=grid[1:], mode="bicubic", align_corners=False)
+        table = planes.permute(0, 2, 3, 1)
+    return table.flatten(0, 2).unsqueeze(0)
+
+
+def keyframe_first(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """(t h w,) long: the places of slot t // 2, then those of the other slots in time order."""
+    t, frame = grid[0], grid[1] * grid[2]
+    place = torch.arange(t * frame, device=device)
+    first = t // 2 * frame
+    return torch.cat([place[first : first + frame], place[:first], place[first + frame :]])
+
+
+def onto(canvas: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """`canvas` (B, s, D) with the tokens x (B, K, D) at their places `index` (B, K), those below s."""
+    frame = canvas.shape[1]
+    target = index.clamp(max=frame).unsqueeze(-1).expand_as(x)
+    return F.pad(canvas, (0, 0, 0, 1)).scatter(1, target, x)[:, :frame]
+
+
+def attention_and_score(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v (B, H, N, d), and what each token receives: (B, N) float32, the mean over heads and
+    rows i of `rows` (B, N) x attention.
+
+    The map is needed for both, so it is computed once, some heads at a time. Scores carry no gradient.
+    """
+    batch, heads, count, width = query.shape
+    few = max(1, _CHUNK // (batch * count * count))
+    out = []
+    score = torch.zeros(batch, count, device=query.device)
+    for q, k, v in zip((query * width**-0.5).split(few, 1), key.split(few, 1), value.split(few, 1)):
+        weights = (q @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32)
+        out.append(weights.to(v.dtype) @ v)
+        score = score + (rows[:, None, None] @ weights.detach()).sum((1, 2))
+    return torch.cat(out, 1), score / (heads * count)
+
+
+def widened(boxes: Tensor, extend: Sequence[float], size: Tensor) -> Tensor:
+    """Boxes (B, P, 4) wider by extend[0] and higher by extend[1], half on each side, within pictures of `size`."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    pad = boxes.new_tensor(extend) / 2 * (high - low + 1)
+    limit = size.flip(1).unsqueeze(1).to(boxes.dtype) - 1
+    return torch.cat([one.clamp(min=0).minimum(limit) for one in (low - pad, high + pad)], -1)
+
+
+def actor_features(volume: Tensor, boxes: Tensor, stride: int) -> Tensor:
+    """(B, P, d): of volume (B, t, h, w, d), what each box (B, P, 4) px covers: the same box in every slot, the greatest
+    of 7 x 7 bins, the mean over slots. The number of samples in a bin adapts to the box."""
+    from torchvision.ops import roi_align
+
+    batch, slots, _, _, channels = volume.shape
+    # In float32, as in `foveate.nn.sparse_rcnn.look`.
+    maps = volume.permute(0, 1, 4, 2, 3).flatten(1, 2).float()
+    seen = roi_align(maps, list(boxes.float()), 7, 1 / stride, sampling_ratio=-1, aligned=True)
+    return seen.amax((2, 3)).view(batch, -1, slots, channels).mean(2).to(volume.dtype)
