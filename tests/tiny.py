@@ -22,11 +22,16 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -49,7 +54,7 @@ IMAGE, VIDEO, PAD, VOCABULARY = 98, 2, 1, 99
 LLAVA = ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2")
 QWEN_VL = ("qwen2-vl", "qwen2.5-vl")
 VLMS = (*LLAVA, "next")
-"""Names of `vlm`: those with LLaVA's vision half; `QWEN_VL` are the others."""
+"""Names of `vlm`: those with LLaVA's vision half; `QWEN_VL`, "onevision" and "internvl" are the others."""
 
 VISION = ("vit", "vit-head", "clip", "siglip", "siglip-head", "dinov2", "dinov2-head", "dinov2-reg")
 TIMM = ("timm", "timm-reg-avg", "timm-distilled")
@@ -63,7 +68,8 @@ def shake(model: nn.Module, seed: int = 0, gain: float = 2.0) -> Any:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim < 2:
-                weight.copy_(0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+                one = ("norm" in name and name.endswith("weight")) or "lambda_" in name
+                weight.copy_(0.2 * noise + (1.0 if one else 0.0))
             elif ("embed" in name or "token" in name or "probe" in name) and weight.ndim < 5:
                 weight.copy_(noise)
             else:
@@ -127,11 +133,13 @@ def qwen_vl(name: str, layers: int = 4, **config: Any) -> Any:
 
 
 def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int = 16, **config: Any) -> Any:
-    """A LLaVA ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2"), LLaVA-NeXT ("next") or one of `QWEN_VL`.
+    """A LLaVA ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2"), LLaVA-NeXT ("next"), one of `QWEN_VL`,
+    LLaVA-OneVision ("onevision": SigLIP and Qwen2) or InternVL ("internvl": its own tower and Qwen2).
 
     `layers` is the depth of the language model; the vision tower has 4x4 patches and 5 layers, of which the output of
-    the fourth is used (SigLIP: all tokens; Qwen: see `qwen_vl`). LLaVA-NeXT has crops of 4x4 patches and 2x2, 1x2, 2x1
-    layouts. `config` goes to the model's configuration.
+    the fourth is used (SigLIP: all tokens; Qwen: see `qwen_vl`). LLaVA-NeXT and LLaVA-OneVision have crops of 4x4
+    patches and 2x2, 1x2, 2x1 layouts; OneVision uses the last layer's output and has patches of 4x4 pixels. InternVL
+    uses the last layer's output too; its 8x8 patches become 4x4 cells. `config` goes to the model's configuration.
     """
     torch.manual_seed(seed)
     shared: dict[str, Any] = {"image_token_id": IMAGE, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None}
@@ -143,6 +151,24 @@ def vlm(name: str = "clip-llama", *, seed: int = 0, layers: int = 4, image: int 
             "image_grid_pinpoints": [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
         }  # fmt: skip
         model: Any = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared | config))
+    elif name == "onevision":
+        encoder = siglip_config(image)
+        encoder.vision_use_head = False
+        shared |= {
+            "text_config": text_config("qwen2", layers), "vision_config": encoder, "video_token_id": VIDEO,
+            "image_grid_pinpoints": [[image, 2 * image], [2 * image, image], [2 * image, 2 * image]],
+        }  # fmt: skip
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**shared | config))
+    elif name == "internvl":
+        seen = InternVLVisionConfig(
+            image_size=image, patch_size=image // 8, hidden_size=32, num_hidden_layers=5, num_attention_heads=4,
+            intermediate_size=64,
+        )  # fmt: skip
+        shared |= {
+            "text_config": text_config("qwen2", layers), "vision_config": seen, "image_seq_length": 16,
+            "tie_word_embeddings": False,
+        }  # fmt: skip
+        model = InternVLForConditionalGeneration(InternVLConfig(**shared | config))
     elif name in QWEN_VL:
         model = qwen_vl(name, layers, **config)
     else:
@@ -261,6 +287,7 @@ def prompt(
         samples: for each sample the numbers of text tokens before, between and after its images: (2, 5) is one image
             between 2 and 5 text tokens, (4,) text alone, (0, 3, 6) two images of which the first opens the prompt.
         sizes: LLaVA-NeXT: original (height, width) of each image of the batch, in order; default 24 x 12 pixels.
+            OneVision likewise, or (frames, height, width) of a clip; images are whole where a sample has several.
             Qwen: (rows, columns) of patches of an image, default 8 x 8, or (temporal patches, rows, columns) of a clip.
         seed: text and pictures depend on it and on the sample's place in the batch only.
         padding: "left" or "right".
@@ -268,7 +295,7 @@ def prompt(
     A sample alone is `single(model, inputs, b)`. Both encode pictures: call them before methods are applied.
     """
     images = sum(len(sample) - 1 for sample in samples)
-    side = getattr(model.config.vision_config, "image_size", 0)
+    side = _side(model)
     extra: dict[str, Tensor] = {}
     tokens = [IMAGE] * images
     if hasattr(model.model, "visual"):
@@ -276,6 +303,12 @@ def prompt(
         extra = _packed(grids, sizes or [], seed)
         lengths = [time * rows * columns // 4 for time, rows, columns in grids]
         tokens = [VIDEO if sizes and len(sizes[i]) == 3 else IMAGE for i in range(images)]
+    elif hasattr(model.model, "apply_pooling"):
+        sizes = sizes or [(24, 12)] * images
+        tokens = [VIDEO if len(size) == 3 else IMAGE for size in sizes]
+        extra = _onevision(model, [len(sample) - 1 for sample in samples], sizes, seed)
+        found = {token: iter(_encode(model, extra, name)) for name, (token, _) in _PACKED.items()}
+        lengths = [len(next(found[token])) for token in tokens]
     elif hasattr(model, "pack_image_features"):
         sizes = sizes or [(24, 12)] * images
         crops = [_crops(model, size) for size in sizes]
@@ -319,6 +352,8 @@ def single(model: Any, inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
     }
     if hasattr(model.model, "visual"):
         return alone | _unpacked(inputs, b)
+    if hasattr(model.model, "apply_pooling"):
+        return alone | _onevision_alone(model, inputs, b)
     if "pixel_values" not in inputs:
         return alone
     lengths = [len(one) for one in _encode(model, inputs)]
@@ -374,17 +409,69 @@ def _unpacked(inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
     return found
 
 
+def _onevision(model: Any, counts: list[int], sizes: list[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Crops of images and frames of clips, of so many pictures a sample; all clips have the same number of frames."""
+    side, upcoming = _side(model), iter(enumerate(sizes))
+    crops: list[Tensor] = []
+    clips: list[Tensor] = []
+    shapes: list[tuple[int, ...]] = []
+    images: list[int] = []
+    for count in counts:
+        mine = [next(upcoming) for _ in range(count)]
+        images.append(sum(len(size) == 2 for _, size in mine))
+        for i, size in mine:
+            if len(size) == 3:
+                clips.append(pixels(size[0], seed * 1000 + i, side))
+            else:
+                crops.append(pixels(_crops(model, size) if images[-1] == 1 else 1, seed * 1000 + i, side))
+                shapes.append(size)
+    found: dict[str, Tensor] = {}
+    if crops:
+        most = max(map(len, crops))
+        padded = [torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in crops]
+        found |= {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor(shapes)}
+        found["batch_num_images"] = torch.tensor(images)
+    if clips:
+        found["pixel_values_videos"] = torch.stack(clips)
+    return found
+
+
+def _onevision_alone(model: Any, inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
+    """The images and clips of sample `b`, out of what `_onevision` made."""
+    found: dict[str, Tensor] = {}
+    if "batch_num_images" in inputs:
+        ends = inputs["batch_num_images"].cumsum(0).tolist()
+        mine = slice(ends[b - 1] if b else 0, ends[b])
+        if mine.stop > mine.start:
+            found = {name: inputs[name][mine] for name in ("pixel_values", "image_sizes")}
+            found["batch_num_images"] = inputs["batch_num_images"][b : b + 1]
+    if "pixel_values_videos" in inputs:
+        length = len(_encode(model, inputs, "video")[0])
+        ends = ((inputs["input_ids"] == VIDEO).sum(1).cumsum(0) // length).tolist()
+        mine = slice(ends[b - 1] if b else 0, ends[b])
+        if mine.stop > mine.start:
+            found["pixel_values_videos"] = inputs["pixel_values_videos"][mine]
+    return found
+
+
+def _side(model: Any) -> int:
+    """Pixels of a picture's side; 0 where pictures have any size."""
+    side = getattr(model.config.vision_config, "image_size", 0)
+    return int(side if isinstance(side, int) else side[0])
+
+
 def _crops(model: Any, size: tuple[int, ...]) -> int:
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    config = model.config
-    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
+    return int(image_size_to_num_patches(size, model.config.image_grid_pinpoints, _side(model)))
 
 
 @torch.no_grad()
-def _encode(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The unchanged model's features of each image (only their number is used)."""
-    encode = type(model.model).get_image_features
-    tower = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    features: list[Tensor] = encode(model.model, **tower, return_dict=True).pooler_output
-    return features
+def _encode(model: Any, inputs: dict[str, Tensor], modality: str = "image") -> list[Tensor]:
+    """The unchanged model's features of each image or clip (only their number is used)."""
+    names = {"image": ("pixel_values", "image_sizes", "batch_num_images"), "video": ("pixel_values_videos",)}[modality]
+    tower = {name: inputs[name] for name in names if name in inputs}
+    if not tower:
+        return []
+    encode = getattr(type(model.model), f"get_{modality}_features")
+    return list(encode(model.model, **tower, return_dict=True).pooler_output)

@@ -10,6 +10,8 @@ from foveate.method import InputError, did_you_mean
 SUPPORTED: dict[str, str] = {
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "InternVLForConditionalGeneration": "internvl",
     "Qwen2VLForConditionalGeneration": "qwen_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen_vl",
     "ViTModel": "vision",
@@ -45,6 +47,14 @@ def adapt(model: nn.Module) -> Host:
         from foveate.hosts.llava import LlavaHost
 
         return LlavaHost(model)
+    if SUPPORTED[name] == "llava_onevision":
+        from foveate.hosts.llava_onevision import LlavaOnevisionHost
+
+        return LlavaOnevisionHost(model)
+    if SUPPORTED[name] == "internvl":
+        from foveate.hosts.internvl import InternVLHost
+
+        return InternVLHost(model)
     if SUPPORTED[name] == "qwen_vl":
         from foveate.hosts.qwen_vl import QwenVLHost
 

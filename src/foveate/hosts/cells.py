@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.hosts.vision import Encoder, VisionSignals
 from foveate.method import Crops, InputError
@@ -56,7 +56,7 @@ class Cells:
 
     def of_source(self, values: Tensor, carried: Tensor) -> Tensor:
         """(R', M, C), of what `whole` takes for source patches, from (R, P, C); zero where there is no cell."""
-        return unmerged(self.whole, self.mean(values, carried)[0])
+        return unmerged(self.whole.source, self.mean(values, carried)[0])
 
 
 class CellSignals(VisionSignals):
@@ -84,9 +84,9 @@ class CellSignals(VisionSignals):
         return self._cells.grid
 
 
-def unmerged(tokens: Tokens, x: Tensor) -> Tensor:
-    """(R, P, C): for each source patch the feature of its token, of x (R, K, C), zero where none carries it."""
-    return take(x, tokens.source) * (tokens.source >= 0).unsqueeze(-1)
+def unmerged(source: Tensor, x: Tensor) -> Tensor:
+    """(R, P, C): for each patch the feature of the token `source` (R, P) of x (R, K, C), zero where it is -1."""
+    return take(nn.functional.pad(x, (0, 0, 0, 1)), source % (x.shape[1] + 1))
 
 
 def only(tokens: Tokens, there: Tensor) -> Tokens:

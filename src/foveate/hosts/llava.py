@@ -282,7 +282,8 @@ class LlavaHost(VisionLanguageHost):
                 row, token = (slots >= 0).nonzero(as_tuple=True)
                 kept[row, prefix + slots[row, token]] = True
                 position[row, prefix + slots[row, token]] = tokens.position[here].cpu()[row, token]
-                slot = torch.where(source >= 0, slots.gather(1, source.clamp(min=0)), DROPPED)
+                # The last column answers for patches that were dropped.
+                slot = nn.functional.pad(slots, (0, 1), value=DROPPED).gather(1, source % (slots.shape[1] + 1))
                 owner = torch.where(slot >= 0, owner.gather(1, slot.clamp(min=0)), DROPPED)
             position[..., 0] = torch.arange(count).unsqueeze(1)
             where = position.reshape(-1, 3)[stream.clamp(min=0)]
