@@ -194,7 +194,7 @@ def test_only_language_model_and_projector_learn(recipe):
     for name, parameter in recipe.onevision.named_parameters():
         assert (parameter.grad is None) == ("vision_tower" in name), name
     recipe.model.zero_grad()
-    assert {"motion", "track", "action", "clip what", "presence"} <= set(parts)
+    assert {"time", "motion", "track", "action", "clip what", "presence"} <= set(parts)
 
 
 def test_processes_share_a_batch(recipe):

@@ -3,11 +3,12 @@
 It begins as the zoo's `tiny-llava`, with more words; the vision tower stays frozen. A step sees new clips, eight frames
 out of sixteen, and new pictures, the questions of each in one sequence (see `packing.py`).
 
-A clip's answer is seldom in one frame, and no frame says when it was. Three more losses teach the steps in between;
+A clip's answer is seldom in one frame, and no frame says when it was. Four more losses teach the steps in between;
 their linear heads are no part of the exported model:
 
-- time and motion: halfway up the language model, a visual token predicts the time of its frame and, if it lies on an
-  actor, how that actor's box has changed since the frame before and since it was first seen;
+- time: a quarter up the language model, a visual token predicts which frame it is of;
+- motion: halfway up, a visual token on an actor predicts how that actor's box has changed since the frame before and
+  since it was first seen;
 - tracks: two thirds up, the state of a name in a question predicts its actor's box in every frame and whether it is
   seen there (in a picture: its object's box);
 - actions: two thirds up, the state of a name, and the visual tokens of the last frames that show an actor, predict
@@ -65,10 +66,10 @@ class TinyOnevisionSettings(Settings):
 
     `pictures` of the `batch` are pictures, the others clips; `picture_share` is the weight of the pictures' answers.
     Of each at most `asked` questions are asked.
-    `motion_weight`, `track_weight`, `action_weight`: of the three further losses.
+    `time_weight`, `motion_weight`, `track_weight`, `action_weight`: of the four further losses.
     """
 
-    steps: int = 2000
+    steps: int = 1150
     batch: int = 12
     lr: float = 1e-3
     warmup: int = 60
@@ -76,8 +77,9 @@ class TinyOnevisionSettings(Settings):
     pictures: int = 3
     asked: int = 8
     picture_share: float = 0.25
-    motion_weight: float = 2.0
-    track_weight: float = 3.0
+    time_weight: float = 0.5
+    motion_weight: float = 10.0
+    track_weight: float = 6.0
     action_weight: float = 2.0
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class TinyOnevisionSettings(Settings):
             raise InputError(f"asked must be >= 1, not {self.asked}")
         if not 0 <= self.picture_share <= 1:
             raise InputError(f"picture_share must be 0..1, not {self.picture_share}")
-        for name in ("motion_weight", "track_weight", "action_weight"):
+        for name in ("time_weight", "motion_weight", "track_weight", "action_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be >= 0, not {getattr(self, name)}")
 
@@ -162,9 +164,10 @@ class TinyOnevision(Recipe):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Means over the question types, so that rare types weigh as much as frequent ones; accuracies by type."""
-        losses, right, motion, track, action = model(**batch)
+        losses, right, *further = model(**batch)
         settings, kinds = self.settings, batch["kinds"]
-        parts = {"motion": float(motion.detach()), "track": float(track.detach()), "action": float(action.detach())}
+        weights = (settings.time_weight, settings.motion_weight, settings.track_weight, settings.action_weight)
+        parts = {name: float(loss.detach()) for name, loss in zip(("time", "motion", "track", "action"), further)}
         means: dict[bool, list[Tensor]] = {False: [], True: []}
         for kind, name in enumerate(TYPES):
             these = kinds == kind
@@ -177,8 +180,7 @@ class TinyOnevision(Recipe):
             ) if means[still]),
             torch.zeros(()),
         )  # fmt: skip
-        further = settings.motion_weight * motion + settings.track_weight * track + settings.action_weight * action
-        return answers + further, parts
+        return answers + sum(weight * loss for weight, loss in zip(weights, further)), parts
 
     def export(self, folder: Path) -> None:
         from foveate.zoo.llava import save_llava
@@ -228,10 +230,11 @@ class _Objective(nn.Module):
         super().__init__()
         self.onevision = onevision
         text = cast(Any, onevision.config.text_config)
-        self.middle, self.upper = text.num_hidden_layers // 2, -(-2 * text.num_hidden_layers // 3)
+        layers = text.num_hidden_layers
+        self.read = (-(-layers // 4), layers // 2, -(-2 * layers // 3))
         width = text.hidden_size
         # All begin at a constant: random predictions would only disturb the words.
-        self.time_head, self.motion_head = _constant(width, [0.5]), _constant(width, [0.0] * 8)
+        self.time_head, self.motion_head = _constant(width, [0.0] * FRAMES), _constant(width, [0.0] * 8)
         self.track_head = _constant(width, [0.5, 0.5, 0.3, 0.3, 0.7] * FRAMES)
         self.box_head = _constant(width, [0.5, 0.5, 0.3, 0.3])
         self.action_heads = nn.ModuleList(_constant(width, [-2.0] * len(ACTIONS)) for _ in range(2))
@@ -253,8 +256,8 @@ class _Objective(nn.Module):
         name_at: Tensor,
         name_tracks: Tensor,
         name_actions: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`losses` (questions,) of word and end, `right` (questions,) bool; losses of motion, tracks and actions."""
+    ) -> tuple[Tensor, ...]:
+        """`losses` (questions,) of word and end, `right` (questions,) bool; of time, motion, tracks and actions."""
         # A fifth faster on CPUs with bfloat16 instructions; weights, residual stream and losses stay float32.
         with torch.autocast(ids.device.type, torch.bfloat16):
             outputs = self.onevision.model(
@@ -269,16 +272,15 @@ class _Objective(nn.Module):
         losses, right = answer_losses(self.onevision.lm_head(outputs.last_hidden_state[asked].float()), labels[asked])
 
         # The residual stream is large and grows: without a norm every optimizer step would throw predictions about.
-        layers = outputs.hidden_states
-        middle, upper = (F.layer_norm(layers[i].float(), layers[i].shape[-1:]) / 4 for i in (self.middle, self.upper))
+        states = outputs.hidden_states
+        quarter, middle, upper = (F.layer_norm(states[i].float(), states[i].shape[-1:]) / 4 for i in self.read)
         clips = len(frames)
         start = 3  # <s> user :
         cells = slice(start, start + cell_owned.shape[1])
-        seen = middle[:clips, cells]
-        time = torch.linspace(0, 1, FRAMES, device=seen.device).repeat_interleave(cell_owned.shape[1] // FRAMES)
-        motion = F.mse_loss(self.time_head(seen)[..., 0], time.expand(clips, -1))
-        owned = seen[cell_owned]
-        motion = motion + F.smooth_l1_loss(self.motion_head(owned), _CHANGE * cell_changes[cell_owned], beta=0.05)
+        number = torch.arange(FRAMES, device=ids.device).repeat_interleave(cell_owned.shape[1] // FRAMES)
+        time = F.cross_entropy(self.time_head(quarter[:clips, cells]).flatten(0, 1), number.repeat(clips))
+        changed = self.motion_head(middle[:clips, cells][cell_owned])
+        motion = F.smooth_l1_loss(changed, _CHANGE * cell_changes[cell_owned], beta=0.05)
 
         named = upper[name_at[:, 0], name_at[:, 1]]
         tracks = self.track_head(named).view(-1, FRAMES, 5)
@@ -293,7 +295,7 @@ class _Objective(nn.Module):
         action = F.binary_cross_entropy_with_logits(by_name(named), name_actions)
         last = upper[:clips, cells][cell_last]
         action = action + F.binary_cross_entropy_with_logits(by_cell(last), cell_actions[cell_last])
-        return losses, right, motion, track, action
+        return losses, right, time, motion, track, action
 
 
 def chosen(questions: Sequence[Question], most: int) -> list[Question]:
