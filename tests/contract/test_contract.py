@@ -21,7 +21,9 @@ from tiny import prompt, single, vision, vlm
 from tiny_video import clips, videomae
 
 METHODS = registry()
-FAMILIES = {"hf-vlm": ("clip-llama", "next"), "hf-vision": ("vit",), "hf-video": ("videomae",), "timm": ("timm-reg-avg",)}
+FAMILIES = {
+    "hf-vlm": ("clip-llama", "next"), "hf-vision": ("vit",), "hf-video": ("videomae",), "timm": ("timm-reg-avg",),
+}  # fmt: skip
 """family -> names of tiny hosts. The timm head averages the patches, so that it notices what happens to them."""
 
 QUIET = ("dense", "var-sink")
@@ -187,15 +189,17 @@ def test_a_sample_does_not_depend_on_its_batch(slug: str, family: str) -> None:
     for name in FAMILIES[family]:
         host = model(name)
         given = inputs(host)
+        # Before the method is applied: what `prompt` and `single` ask the host for is the unchanged model's.
+        each = [given[b : b + 1] if isinstance(given, Tensor) else single(host, given, b) for b in range(2)]
         with foveate.apply(host, cls()) as applied:
             together = forward(host, given)
             counts = [record.tokens_out for record in applied.trace]
             for b in range(2):
                 if isinstance(given, Tensor):
-                    alone, batched = forward(host, given[b : b + 1])[0], together[b]
+                    alone, batched = forward(host, each[b])[0], together[b]
                 else:
                     real = given["attention_mask"][b].bool()
-                    alone, batched = forward(host, single(host, given, b))[0], together[b, real]
+                    alone, batched = forward(host, each[b])[0], together[b, real]
                     last = [record for record in applied.trace if record.stage.startswith("llm")]
                     then = [c for c, r in zip(counts[-len(last) :], last)]
                     assert [record.tokens_out[0] for record in last] == [c[b] for c in then]
@@ -222,9 +226,10 @@ def test_provenance_adds_up_at_every_stage(slug: str, family: str) -> None:
     cls = METHODS[slug]
     for name in FAMILIES[family]:
         host = model(name)
+        given = inputs(host)
         pairs: list[tuple[Tokens, Tokens]] = []
         with watched(pairs), foveate.apply(host, cls()) as applied:
-            forward(host, inputs(host))
+            forward(host, given)
             trace = applied.trace
         for before, after in pairs:
             patches = after.source.shape[1]
