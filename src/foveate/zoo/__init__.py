@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The model's folder. `tiny-llava`'s is loaded with transformers' `from_pretrained`; InputError if unknown."""
+    """The model's folder. All but `tiny-vit`'s are loaded with transformers' `from_pretrained`; InputError if unknown."""
     known = names()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -35,7 +35,8 @@ def path(name: str) -> Path:
 
 def load(name: str) -> Any:
     """The model in float32 and eval mode: for `tiny-vit` a timm `VisionTransformer` (see `zoo/vit.py`), for
-    `tiny-llava` a transformers `LlavaForConditionalGeneration`. Raises InputError for an unknown name."""
+    `tiny-llava` a transformers `LlavaForConditionalGeneration`, for `tiny-onevision` a
+    `LlavaOnevisionForConditionalGeneration`. Raises InputError for an unknown name."""
     return load_folder(path(name))
 
 
