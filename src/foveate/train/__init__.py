@@ -13,6 +13,7 @@ _RECIPES = {
     "tiny-vit": ("tiny_vit", "TinyVit"),
     "tiny-llava": ("tiny_llava", "TinyLlava"),
     "tiny-onevision": ("tiny_onevision", "TinyOnevision"),
+    "evad": ("evad", "EvadRecipe"),
 }
 
 

@@ -109,6 +109,10 @@ class Recipe(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Scalar loss, and figures for the log; `model` is `self.model`, wrapped if there are several processes."""
 
+    def rate(self, name: str) -> float:
+        """Learning rate of the parameter of that name in `model`, in multiples of the schedule's."""
+        return 1.0
+
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Writes the trained thing's files (safetensors and JSON) into the existing `folder`."""
@@ -195,7 +199,7 @@ def train(
     settings = recipe_type.prepare(settings, seed, out)
     set_seed(seed)
     recipe = recipe_type(settings, seed)
-    optimizer = _optimizer(recipe.model, settings)
+    optimizer = _optimizer(recipe, settings)
     start, spent = 0, 0.0
     if checkpoints := _checkpoints(out):
         start, spent = _load(checkpoints[-1], recipe, optimizer, seed)
@@ -211,7 +215,7 @@ def train(
             torch.manual_seed(_mixed(seed, step, accelerator.process_index))
             batch = {key: value.to(accelerator.device) for key, value in next(data).items()}
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
+                group["lr"] = learning_rate(step, settings) * group["rate"]
             loss, parts = recipe.loss(model, batch)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(recipe.model.parameters(), settings.clip)
@@ -299,13 +303,19 @@ def _mixed(*numbers: int) -> int:
     return mixed
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
+def _optimizer(recipe: Recipe, settings: Settings) -> torch.optim.AdamW:
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, weight in recipe.model.named_parameters():
+        if weight.requires_grad:
+            groups.setdefault((recipe.rate(name), weight.ndim >= 2), []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": some, "weight_decay": settings.weight_decay if decays else 0.0, "rate": rate}
+            for (rate, decays), some in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+        ],
+        lr=settings.lr,
+        betas=(0.9, 0.98),
+    )
 
 
 def _loader(recipe: Recipe, settings: Settings, start: int, last: int, accelerator: Accelerator) -> DataLoader[Batch]:

@@ -1,0 +1,109 @@
+"""The recipe of `evad`: its data, its rates, its figures with a detector that knows, and a smoke run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("pycocotools")
+
+from foveate import train
+from foveate.data.ava import from_clip
+from foveate.data.scenes import ACTIONS, Clips
+from foveate.method import InputError
+from foveate.methods.video.evad import EvadDetector, Found, normalised
+from foveate.train.evad import EvadRecipe, EvadSettings, evaluate
+
+
+def recipe(**overrides: Any) -> EvadRecipe:
+    torch.manual_seed(0)
+    return EvadRecipe(EvadSettings(**(EvadRecipe.smoke | overrides)), 3)
+
+
+def test_batches_are_clips_and_processes_share_them() -> None:
+    made = recipe(batch=3)
+    whole = made.batch(2, 0, 1)
+    clips = Clips("train", 3, frames=16, size=48)
+    for k in range(3):
+        sample = from_clip(clips[6 + k], 2)
+        assert torch.equal(whole["clip"][k], sample.clip)
+        there = whole["present"][k]
+        assert torch.equal(whole["boxes"][k][there], sample.boxes)
+        assert torch.equal(whole["labels"][k][there].bool(), sample.labels)
+    parts = [made.batch(2, rank, 2)["clip"] for rank in range(2)]
+    assert torch.equal(parts[0], whole["clip"][::2]) and torch.equal(parts[1], whole["clip"][1::2])
+
+
+def test_the_loss_is_the_detectors() -> None:
+    made = recipe()
+    batch = made.batch(0, 0, 1)
+    loss, parts = made.loss(made.model, batch)
+    found = made.detector(normalised(batch["clip"]))
+    wanted, _ = made.detector.loss(found, batch["boxes"], batch["labels"], batch["present"])
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5) and set(parts) == {"person", "l1", "giou", "action"}
+
+
+def test_rates() -> None:
+    made = recipe(head_rate=8.0)
+    for name, _ in made.model.named_parameters():
+        fast = name.split(".")[1] in ("heads", "decoder", "mask_token")
+        assert made.rate(name) == (8.0 if fast else 1.0), name
+    with pytest.raises(InputError, match="config must be one of vit-b"):
+        EvadSettings(config="huge")
+    with pytest.raises(InputError, match="head_rate"):
+        EvadSettings(head_rate=0.0)
+
+
+class Knows:
+    """Finds what there is in the first `right` clips, and nothing in the others."""
+
+    training = False
+
+    def __init__(self, clips: Clips, right: int) -> None:
+        self.clips, self.right, self.next = clips, right, 0
+
+    def parameters(self) -> Any:
+        return iter([torch.zeros(1)])
+
+    def train(self, mode: bool = True) -> None:
+        pass
+
+    eval = train
+
+    def detect(self, pixels: Tensor, size: Tensor, threshold: float) -> list[Found]:
+        found = []
+        for _ in range(len(pixels)):
+            sample = from_clip(self.clips[self.next], 2)
+            boxes = sample.boxes if self.next < self.right else sample.boxes[:0]
+            found.append(Found(boxes, torch.ones(len(boxes)), sample.labels[: len(boxes)].float()))
+            self.next += 1
+        return found
+
+
+def test_figures_of_a_detector_that_knows() -> None:
+    settings = EvadSettings(**(EvadRecipe.smoke | {"test_scenes": 5}))
+    clips = Clips("test", 0, frames=16, size=48)
+    knows: Any = Knows(clips, 5)
+    result = evaluate(knows, clips, settings)
+    does = torch.cat([from_clip(clips[k], 2).labels for k in range(5)]).any(0)
+    assert set(result["average_precision"]) == {name for name, some in zip(ACTIONS, does) if some}
+    assert result["frame_map"] == pytest.approx(1, abs=2e-3) and result["keyframes"] == 5
+    half: Any = Knows(clips, 2)
+    boxes = [len(from_clip(clips[k], 2).boxes) for k in range(5)]
+    share = sum(boxes[:2]) / sum(boxes)
+    assert evaluate(half, clips, settings)["box_average_precision"] == pytest.approx(share, abs=2e-3)
+
+
+def test_smoke(tmp_path: Path) -> None:
+    metrics = train.run("evad", out=tmp_path, smoke=True, threads=1)
+    assert set(metrics["by_keep"]) == {"1.0", "0.7", "0.5"} and metrics["clips"] == 6
+    assert all(0 <= one["frame_map"] <= 1 for one in metrics["by_keep"].values())
+    assert json.loads((tmp_path / "labels.json").read_text()) == list(ACTIONS)
+    model = EvadDetector.from_pretrained(tmp_path)
+    assert model.classes == 12 and model.dropout.keep == 0.7 and len(model.backbone.encoder.layer) == 4
