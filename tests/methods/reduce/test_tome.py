@@ -189,6 +189,13 @@ def test_a_budget_that_halving_cannot_reach_is_refused() -> None:
         ToMe.for_budget(24 / 196, host)
 
 
+def test_a_host_that_joins_patches_behind_the_encoder_spends_no_budget() -> None:
+    host = HostShape("hf-vlm", (), 24, 23, 1, (32, 32), 32, joined=4)
+    assert ToMe.for_budget(1.0, host).merges(24) == [0] * 24
+    with pytest.raises(InputError, match="only the encoder"):
+        ToMe.for_budget(0.5, host)
+
+
 @torch.no_grad()
 def test_macs_are_those_of_a_real_run() -> None:
     """DeiT-S with r = 13: counted on timm's model, less the matching itself (|A| |B| 64 a layer)."""

@@ -35,7 +35,7 @@ def zipped(x: Tensor, score: Tensor, keys: Tensor, **settings: float) -> Tokens:
 
 @pytest.mark.parametrize(
     ("count", "left", "contextual", "dominant"),
-    [(16, 8, 0.25, 6), (16, 15, 0.2, 12), (17, 5, 0.8, 1), (64, 13, 10 / 64, 11), (9, 3, 0.99, 1)],
+    [(16, 8, 0.25, 6), (16, 11, 0.3, 8), (16, 15, 0.2, 12), (17, 5, 0.8, 1), (64, 13, 10 / 64, 11), (9, 3, 0.99, 1)],
 )
 def test_zipping_equals_the_slow_loop(count: int, left: int, contextual: float, dominant: int) -> None:
     x, score, keys = torch.randn(3, count, 5), torch.rand(3, count), torch.randn(3, count, 4)

@@ -120,7 +120,7 @@ class VarSink(Method):
         if self.kept < 1 and at.layer in self._layers(at.host):
             states, prompt, slots = at.signals.states().detach(), at.signals.prompt(), at.signals.slots()
             sinks = sink_score(states, self._sink_dimensions(states, prompt, at.host)) > self.tau
-            at.memory[f"var-sink[{at.layer}]"] = note(sinks & prompt & at.active[:, None], tokens, slots, prompt)
+            at.memory[f"var-sink[{at.layer}]"] = note(sinks & at.active[:, None], tokens, slots, prompt)
         return tokens
 
     def _sink_dimensions(self, states: Tensor, prompt: Tensor, host: HostShape) -> Tensor:

@@ -117,6 +117,11 @@ class ToMe(Method):
         """The smallest constant r that reaches the budget at the encoder's output, less in the last layers."""
         patches, layers = host.patches, host.feature_layer + 1
         target = max(1, int(patches * share("budget", budget) + 1e-9))
+        if host.joined > 1 and budget < 1:
+            raise InputError(
+                "tome shortens only the encoder of this host: patches are joined behind it, and what was merged is put "
+                "back on its patches for that; set r"
+            )
         for r in range(patches // 2 + 1):
             left = [patches, *cls(r=r).left(patches, layers)]
             if left[-1] <= target:
