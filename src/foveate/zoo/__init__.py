@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The model's folder. All but `tiny-vit`'s are loaded with transformers' `from_pretrained`; InputError if unknown."""
+    """The model's folder; but for `tiny-vit`, transformers' `from_pretrained` loads it. InputError if unknown."""
     known = names()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
