@@ -32,8 +32,8 @@ _KEY = "mustdrop.key"
 """The mark of patches whose token is in the key set."""
 _LEFT = "mustdrop.left"
 """The memory of which patches the last filter left a token for."""
-_PAPER_GRID = 24 * 24
-"""Patches of a crop on the paper's hosts, which its thresholds were chosen for."""
+_PAPER_TOKENS = 24 * 24
+"""Of a crop on the paper's hosts, which its thresholds were chosen for."""
 _ROWS = 32
 """Most rows of attention in memory at once."""
 
@@ -52,16 +52,19 @@ class MustDrop(Method):
        `g_j = sum_i A_ij` and `m_j = max_i A_ij`, token j is dropped where `g_j < thr_g sum_n g_n` and `m_j < thr_i`,
        unless it is in the key set: `(B, N, D) -> (B, n, D)`, in their order.
     3. Output-aware cache, once, before decoding: every layer from the first filter's on goes on with the entries of the
-       tokens that the last filter left; the layers before it keep all N0.
+       tokens that the last filter left; the layers before it keep all N0. So text generated with a cache is, on
+       purpose, not that generated without one. Cached keys keep the rotation that they have; a query's position follows
+       its own layer's entries (`positions="original"`: the prompt's).
 
     Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model (MustDrop),
     https://arxiv.org/abs/2411.10803. Thresholds by default are those of the paper's 192-token setting.
 
-    Ours: thresholds hold for 24 x 24 patches a crop; at other grids they are multiplied by 576 / M, and layers are
-    shares of the depth. `merge` and `keep` set numbers instead of thresholds, for budgets: the best windows by score,
-    and the tokens that stay longest when both thresholds grow in proportion, `max(g_j / (thr_g sum g), m_j / thr_i)`;
-    where fewer are to stay than are in the key set, those of it that rank best. A grid's last rows and columns that
-    fill no window are not merged; an encoder without class token is scored by the attention that patches receive.
+    Ours: thresholds hold for 576 tokens a crop; where an encoder makes M' they are multiplied by 576 / M', and layers
+    are shares of the depth. `merge` and `keep` set numbers instead of thresholds, for budgets: the best windows by
+    score, and the tokens that stay longest when both thresholds grow in proportion, by
+    `max(g_j / (thr_g sum g), m_j / thr_i)`; where fewer are to stay than are in the key set, the best of it. A grid's
+    last rows and columns that fill no window are not merged; an encoder without class token is scored by the attention
+    that patches receive; a host that cannot merge inside its encoder (Qwen2-VL) takes `similarity=2`.
 
     What differs from the release: r is the least of its batch (`minimum_over="batch"`). It lays LLaVA-NeXT's crops one
     after the other, without newlines or cutting off padding; here the model packs them as ever, so that merged tokens
@@ -193,7 +196,9 @@ class MustDrop(Method):
         if share("budget", budget) == 1:
             return cls(merge=0.0, keep=1.0)
         patches = host.grid[0] * host.grid[1]
-        windows = (host.grid[0] // 3) * (host.grid[1] // 3) if "vision.layer" in host.stages else 0
+        # Where patches are joined behind the encoder, fewer of them in it make no fewer tokens behind.
+        merges = "vision.layer" in host.stages and host.joined == 1
+        windows = (host.grid[0] // 3) * (host.grid[1] // 3) if merges else 0
         filters = cls().filters(host.llm_layers)
         for merged in range(min(windows, int((1 - math.sqrt(budget)) * patches / 8)), windows + 1):
             entered = 1 - 8 * merged / patches
@@ -317,7 +322,7 @@ class MustDrop(Method):
         if layer not in filters:
             return tokens
         total, most = self._asked(tokens, layer, at)
-        scale = _PAPER_GRID / (at.host.grid[0] * at.host.grid[1])
+        scale = _PAPER_TOKENS * at.host.joined / (at.host.grid[0] * at.host.grid[1])
         key = _marked(tokens, at.marks[_KEY]) if self.key else torch.zeros_like(tokens.mask())
         whole_sum = total.sum(1, keepdim=True)
         if self.keep is None:
