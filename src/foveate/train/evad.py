@@ -7,6 +7,8 @@ cosine. `keep` below 1 drops tokens in training too, as the paper does.
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,7 +113,10 @@ class EvadRecipe(Recipe):
         return loss, {name: float(value.detach()) for name, value in parts.items()}
 
     def export(self, folder: Path) -> None:
-        self.detector.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            self.detector.save_pretrained(partial)
+            for name in ("model.safetensors", "config.json"):
+                os.replace(Path(partial) / name, folder / name)
         write_json(folder / "labels.json", list(ACTIONS))
 
     def evaluate(self) -> dict[str, Any]:

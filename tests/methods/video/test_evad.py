@@ -496,11 +496,18 @@ def test_saving_and_loading(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_padding_and_precision() -> None:
-    """A picture padded on the right and below is found where it was, and bfloat16 works."""
+    """Of a picture padded on the right and below, boxes begin as the picture and end in it; bfloat16 works."""
     model = detector()
-    clip = pixels(1)
-    wide = model(F.pad(clip, (0, 8, 0, 8)), torch.tensor([[16, 16]]))
-    assert wide.boxes[0].shape == (1, 5, 4) and wide.size.tolist() == [[16, 16]]
+    clip, size = pixels(1), torch.tensor([[12, 16]])
+    padded = F.pad(clip[..., :12, :], (0, 8, 0, 12))
+    for layer in (one.regress[-1] for one in model.heads):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    assert model(padded, size).boxes.unique(dim=2).tolist() == [[[[0, 0, 16, 12]]]] * 2
+    for layer in (one.regress[-1] for one in model.heads):
+        torch.nn.init.normal_(layer.weight, std=3.0)
+    boxes = model.detect(padded, size)[0].boxes
+    assert boxes[:, 2].max() == 16 and boxes[:, 3].max() == 12
     half = model.to(torch.bfloat16)(clip.to(torch.bfloat16))
     assert half.actions.dtype == torch.bfloat16 and half.actions.isfinite().all() and half.boxes.isfinite().all()
 
