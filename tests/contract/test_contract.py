@@ -22,7 +22,8 @@ from tiny_video import clips, videomae
 
 METHODS = registry()
 FAMILIES = {
-    "hf-vlm": ("clip-llama", "next"), "hf-vision": ("vit",), "hf-video": ("videomae",), "timm": ("timm-reg-avg",),
+    "hf-vlm": ("clip-llama", "next", "onevision", "internvl"), "hf-vision": ("vit",), "hf-video": ("videomae",),
+    "timm": ("timm-reg-avg",),
 }  # fmt: skip
 """family -> names of tiny hosts. The timm head averages the patches, so that it notices what happens to them."""
 

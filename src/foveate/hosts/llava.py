@@ -249,7 +249,7 @@ class LlavaHost(VisionLanguageHost):
     def _lay_out(self, before: Tokens, tokens: Tokens) -> Tensor | None:
         """(rows, M, D): the tokens on as many slots as the model expects, zeros between; None if it has just that."""
         packed = [one.packed(self._width)[:, self._kept_prefix :] for one in self._packings]
-        self._slots = slots = spread(tokens, torch.cat(packed))
+        self._slots = slots = spread(tokens, torch.cat(packed) if packed else None)
         # Without features, which would stay in memory.
         self._tokens = tokens.with_x(tokens.x.detach()[..., :0])
         number = torch.arange(tokens.source.shape[1], device=slots.device)
@@ -332,7 +332,7 @@ def spread(tokens: Tokens, packed: Tensor | None = None) -> Tensor:
     count, patches = tokens.x.shape[1], tokens.source.shape[1]
     batch, device = tokens.source.shape[0], tokens.source.device
     number = torch.arange(patches, device=device).expand(batch, -1)
-    if packed is not None:
+    if packed is not None and packed.shape == number.shape:
         number = torch.where(packed.to(device), number, number + patches)
     first = number.new_full((batch, count + 1), 2 * patches)
     first.scatter_reduce_(1, tokens.source % (count + 1), number, "amin")
