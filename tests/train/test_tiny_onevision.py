@@ -15,7 +15,7 @@ pytest.importorskip("torchmetrics")
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig
 
 from foveate import train, zoo
-from foveate.data.scenes import ACTIONS, CLIP_QUESTION_TYPES, Clips, Question, Scenes, clip_words, words
+from foveate.data.scenes import ACTIONS, CLIP_QUESTION_TYPES, Clips, Question, Scenes, clip_words, patch_owner, words
 from foveate.method import InputError
 from foveate.train.packing import pack, score, segment_mask
 from foveate.train.tiny_onevision import (
@@ -23,6 +23,7 @@ from foveate.train.tiny_onevision import (
     TYPES,
     TinyOnevision,
     TinyOnevisionSettings,
+    carry_places,
     cell_targets,
     chosen,
     name_targets,
@@ -30,6 +31,8 @@ from foveate.train.tiny_onevision import (
     visual_tokens,
 )
 from foveate.zoo.llava import build_llava, build_processor, save_llava
+from foveate.zoo.onevision import build_processor as build_onevision_processor
+from foveate.zoo.onevision import from_llava
 
 CLIP = ("<video>", 8 * 36 + 1)
 
@@ -57,11 +60,14 @@ def recipe(start) -> TinyOnevision:
 
 
 def test_it_begins_as_the_llava(recipe, start):
-    """Tower, projector, language model and the rows of all known words are the tiny-llava's; new words have others."""
+    """Tower, language model, rows of known words, and the projector but for two units are the tiny-llava's."""
     llava, onevision = zoo.load_folder(start), recipe.onevision
-    for part in ("vision_tower", "multi_modal_projector", "language_model.layers", "language_model.norm"):
+    for part in ("vision_tower", "language_model.layers", "language_model.norm"):
         ours, theirs = (m.model.get_submodule(part).state_dict() for m in (onevision, llava))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), part
+    one, two = (m.model.multi_modal_projector for m in (onevision, llava))
+    changed = (one.linear_1.weight != two.linear_1.weight).any(1)
+    assert torch.equal(changed, (one.linear_2.weight != two.linear_2.weight).any(0)) and int(changed.sum()) == 2
     old, new = build_processor(words()).tokenizer.get_vocab(), recipe.tokenizer.get_vocab()
     assert set(new) == {*old, *clip_words(), "<video>"}
     before, after = llava.get_input_embeddings().weight, onevision.get_input_embeddings().weight
@@ -69,6 +75,43 @@ def test_it_begins_as_the_llava(recipe, start):
     assert onevision.lm_head.weight is after
     fresh = after[[row for word, row in new.items() if word not in old]]
     assert 0.7 < float((fresh.std() / before.std()).detach()) < 1.3
+
+
+def test_visual_tokens_say_where_their_objects_are():
+    """Of other scenes, centres are read off along the two new directions; what was handed on before is still there."""
+    llava = zoo.load("tiny-llava")
+    tokenizer = build_onevision_processor(clip_words()).tokenizer
+    onevision = from_llava(llava, build_processor(words()).tokenizer, tokenizer)
+    scenes = [Scenes("validation", 5)[i] for i in range(24)]
+    before = projected(onevision, scenes)
+    carry_places(onevision, [Scenes("train", 5)[i] for i in range(64)])
+    after = projected(onevision, scenes)
+    units = onevision.model.multi_modal_projector.linear_1.weight != llava.model.multi_modal_projector.linear_1.weight
+    units = units.any(1)
+    directions = onevision.model.multi_modal_projector.linear_2.weight[:, units]
+    read = torch.linalg.lstsq(directions, (after - after.mean((0, 1))).flatten(0, 1).T).solution.T.unflatten(
+        0, (24, -1)
+    )
+    seen, true = [], []
+    for scene, found in zip(scenes, read):
+        owner = patch_owner(scene, 8).ravel()
+        for i, thing in enumerate(scene.objects):
+            seen.append(found[torch.from_numpy(owner == i)].detach())
+            x1, y1, x2, y2 = thing.box
+            true += [(x1 + x2, y1 + y2)] * len(seen[-1])
+    found = np.corrcoef(torch.cat(seen).T.numpy(), np.array(true).T)[:2, 2:]
+    assert sorted(found.argmax(1)) == [0, 1] and found.max(1).min() > 0.85
+    rest = torch.linalg.qr(directions, mode="complete").Q[:, 2:]
+    kept = torch.cosine_similarity((before - before.mean((0, 1))) @ rest, (after - after.mean((0, 1))) @ rest, dim=-1)
+    assert float(kept.mean().detach()) > 0.95
+
+
+def projected(onevision, scenes) -> torch.Tensor:
+    """(scenes, patches, width) what the projector makes of pictures."""
+    pictures = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        states = onevision.model.vision_tower(pictures.float() / 127.5 - 1, output_hidden_states=True).hidden_states
+        return onevision.model.multi_modal_projector(states[-2][:, 1:])
 
 
 def test_visual_tokens_are_those_of_processor_and_host(recipe):
