@@ -27,16 +27,16 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from foveate.hosts.host import Record, named
+from foveate.hosts.host import named
 from foveate.hosts.language import EncodedImage, VisionLanguageHost
 from foveate.hosts.signals import NoSignals
 from foveate.method import Crops, HostShape, InputError
 from foveate.nn.attention import Attention
 from foveate.tokens import DROPPED, Tokens, predecessors
 
-_NOMINAL = (24, 24)
-"""`HostShape.grid`, by which methods share out a budget before there is a picture: these models have no resolution of
-their own, and 576 is what the methods' papers count with."""
+_NOMINAL = (48, 48)
+"""`HostShape.grid`, by which methods share out a budget before there is a picture. These models have no resolution of
+their own; this many patches are 576 tokens, which is what the methods' papers count with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,7 @@ class QwenVLHost(VisionLanguageHost):
             grid=_NOMINAL,
             llm_layers=self.depth,
             class_token=False,
+            joined=self.unit,
         )
         self.projections: dict[int, Projections] = {}
         # While the encoder runs: the rows by grid, and what their tokens are now; `_merged` is whether the merger sees
@@ -166,6 +167,8 @@ class QwenVLHost(VisionLanguageHost):
     def _before_merger(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         states = args[0]
         cells = states.reshape(len(states) // self.unit, -1)
+        if "vision.output" not in self.plan:
+            cells = cells[:, :0]
         self._tokens = [Tokens.from_grid(cells[one.cells], one.grid) for one in self._frames]
         self._merged = self._changed = self._act("vision.output")
         if not self._merged:
@@ -177,6 +180,15 @@ class QwenVLHost(VisionLanguageHost):
         return (left.reshape(-1, states.shape[1]), *args[1:]), kwargs
 
     def _after_merger(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        full = self._put_back(output) if self._merged or "projector" in self.plan else None
+        for layer in self.projections.values():
+            layer.clear()
+        # Without features, which would stay in memory.
+        self._tokens = [tokens.with_x(tokens.x.detach()[..., :0]) for tokens in self._tokens]
+        return full
+
+    def _put_back(self, output: Tensor) -> Tensor | None:
+        """(cells, D) in the encoder's order, zero where no token is left, of what the merger put out; None for that."""
         if self._merged:
             masks = [tokens.mask() for tokens in self._tokens]
             counts = [int(mask.sum()) for mask in masks]
@@ -188,16 +200,14 @@ class QwenVLHost(VisionLanguageHost):
             features = [output[one.cells] for one in self._frames]
         self._tokens = [tokens.with_x(x) for tokens, x in zip(self._tokens, features)]
         self._changed |= self._act("projector")
+        if not self._changed:
+            return None
         full = output.new_zeros(sum(one.cells.numel() for one in self._frames), output.shape[1])
         for one, tokens in zip(self._frames, self._tokens):
             slots = first_cells(tokens)
             here = slots >= 0
             full = full.index_put((one.cells.gather(1, slots.clamp(min=0))[here],), tokens.x[here])
-        for layer in self.projections.values():
-            layer.clear()
-        # Without features, which would stay in memory.
-        self._tokens = [tokens.with_x(tokens.x.detach()[..., :0]) for tokens in self._tokens]
-        return full if self._changed else None
+        return full
 
     def _act(self, stage: str) -> bool:
         """Lets the method of a stage act on the rows of every grid; whether it changed any."""
@@ -216,10 +226,7 @@ class QwenVLHost(VisionLanguageHost):
         self._tokens = after
         if all(now is then for now, then in zip(after, before)):
             return False
-        counts = [self._by_row([tokens.count.unsqueeze(1) for tokens in both], 0) for both in (before, after)]
-        source = self._by_row([tokens.source for tokens in after], DROPPED)
-        tokens_in, tokens_out = (tuple(count.squeeze(1).tolist()) for count in counts)
-        self.trace.append(Record(stage, self.plan[stage].card.slug, tokens_in, tokens_out, source))
+        self.record(stage, self.plan[stage].card.slug, self._batch(before), self._batch(after))
         return True
 
     @property
@@ -229,6 +236,13 @@ class QwenVLHost(VisionLanguageHost):
     @property
     def _longest(self) -> int:
         return max(one.count for one in self._frames)
+
+    def _batch(self, parts: list[Tokens]) -> Tokens:
+        """The tokens of all rows, in their order, without features."""
+        fields = zip(*((one.x.detach()[..., :0], one.position, one.size, one.source, one.mask()) for one in parts))
+        padding = (0, 0, 0, DROPPED, False)
+        x, position, size, source, valid = (self._by_row(list(field), rest) for field, rest in zip(fields, padding))
+        return Tokens(x, position, size, source, None if bool(valid.all()) else valid)
 
     def _by_row(self, parts: list[Tensor], rest: int) -> Tensor:
         """(rows, K, …) from (g, up to K, …) of the rows of each grid; where a row has less than K, `rest`."""
