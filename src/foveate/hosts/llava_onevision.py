@@ -100,7 +100,7 @@ class LlavaOnevisionHost(LlavaHost):
             self.encoder.pictures = pictures(crops, 0, self._width)
             if self._acts and kinds[group[0]]:
                 self._cells = self._resampling(given, group)
-            output = encode(**given if len(groups) == 1 else self._only(given, group, packings))
+            output = encode(**given if len(groups) == 1 else self._only(given, group))
             found = output.pooler_output if hasattr(output, "pooler_output") else output[1]
             images |= zip(group, self._provenance(()))
             features |= zip(group, found)
@@ -143,7 +143,7 @@ class LlavaOnevisionHost(LlavaHost):
         where = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
         return [int(image_size_to_num_patches(size, *where)) if one else 1 for size, one in zip(sizes, alone)]
 
-    def _only(self, given: dict[str, Any], group: list[int], packings: list[Packing]) -> dict[str, Any]:
+    def _only(self, given: dict[str, Any], group: list[int]) -> dict[str, Any]:
         """The arguments of the encoding method for some of the pictures."""
         pixels, sizes, batch = given["pixel_values"], given["image_sizes"], given.get("batch_num_images")
         if pixels.ndim == 5:
