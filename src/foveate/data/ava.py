@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from foveate.data.scenes import Clip
+from foveate.data.video import frames_at
 from foveate.method import InputError
 
 MAX_FRAMES = 100_000
@@ -182,44 +183,4 @@ def read_clip(file: Path, times: NDArray[np.float64], short: int, long: int) -> 
     Raises:
         InputError: not a video, damaged before the first of the frames, or more than `MAX_FRAMES` to decode.
     """
-    import av
-
-    wanted, found = list(times), []
-    previous: tuple[float, NDArray[np.uint8]] | None = None
-    try:
-        with av.open(str(file)) as container:
-            if not container.streams.video:
-                raise InputError(f"{file}: there is no video in it")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            base = stream.time_base or 1 / 1000
-            start = float((stream.start_time or 0) * base)
-            container.seek(int((max(0.0, wanted[0] - 0.5) + start) / base), stream=stream)
-            for count, frame in enumerate(container.decode(stream)):
-                if count == MAX_FRAMES:
-                    raise InputError(f"{file}: more than {MAX_FRAMES:,} frames to decode for one clip")
-                now = float(frame.time or 0.0) - start
-                picture = None
-                # A frame is shown where it is nearer than the one before and the one after.
-                while wanted and previous is not None and wanted[0] <= (previous[0] + now) / 2:
-                    found.append(previous[1])
-                    wanted.pop(0)
-                if not wanted:
-                    break
-                picture = _picture(frame, short, long)
-                previous = (now, picture)
-    except av.FFmpegError as error:
-        if previous is None:
-            raise InputError(f"{file}: not a video that can be read ({error.strerror})") from None
-    if previous is None:
-        raise InputError(f"{file}: no frame of its video can be decoded")
-    return np.stack([*found, *([previous[1]] * len(wanted))])
-
-
-def _picture(frame: object, short: int, long: int) -> NDArray[np.uint8]:
-    """An upright frame, (H, W, 3)."""
-    width, height = frame.width, frame.height  # type: ignore[attr-defined]
-    scale = min(short / min(width, height), long / max(width, height))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])  # type: ignore[attr-defined]
-    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))  # type: ignore[attr-defined]
+    return frames_at(file, times.tolist(), short=short, long=long, start=float(times[0]) - 0.5, most=MAX_FRAMES).frames

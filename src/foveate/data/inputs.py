@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from foveate.data.files import one_line, regular_file
 from foveate.data.samples import Sample
 from foveate.method import InputError
 
@@ -33,7 +34,7 @@ def read_image(path: str | Path) -> Image.Image:
         InputError: no such file, not a regular file, not a picture, truncated, more than `MAX_PIXELS`, longer than
             `MAX_ASPECT` allows, or floating-point pixels that are NaN, infinite or outside 0..255.
     """
-    path = _file(path, "picture")
+    path = regular_file(path, "picture")
     # Pillow knows a few formats from the start and loads the others when it fails, but not where formats are named.
     Image.init()
     try:
@@ -62,7 +63,7 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: there is not enough memory to decode this picture") from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … on damaged files.
-        raise InputError(f"{path}: the picture is damaged or truncated ({_line(error)})") from None
+        raise InputError(f"{path}: the picture is damaged or truncated ({one_line(error)})") from None
 
 
 def read_jsonl(path: str | Path) -> list[Sample]:
@@ -76,7 +77,7 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         InputError: with the line number, for malformed lines, missing or unknown fields, unusable pictures and an id
             that was there before; for a file without any record, or one beyond the limits.
     """
-    path = _file(path, "data set")
+    path = regular_file(path, "data set")
     if path.stat().st_size > MAX_JSONL_BYTES:
         raise InputError(f"{path}: more than {MAX_JSONL_BYTES // 2**20} MiB; split it")
     try:
@@ -94,7 +95,7 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
         except (RecursionError, ValueError) as error:
-            raise InputError(f"{path}:{number}: not usable JSON: {_line(error)}") from None
+            raise InputError(f"{path}:{number}: not usable JSON: {one_line(error)}") from None
         try:
             sample = _sample(record, path.parent, number, pictures)
             if sample.id in lines_of:
@@ -106,27 +107,6 @@ def read_jsonl(path: str | Path) -> list[Sample]:
     if not samples:
         raise InputError(f"{path}: no records; a line is {{\"image\": FILE, \"prompt\": TEXT, \"answer\": TEXT}}")
     return samples
-
-
-def _file(path: str | Path, what: str) -> Path:
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise InputError(f"{path}: a folder, not a {what} file")
-        if not path.exists():
-            raise InputError(f"{path}: no such {what} file")
-        # A pipe would block and /dev/zero would never end.
-        if not path.is_file():
-            raise InputError(f"{path}: not a regular file")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: the {what} file is empty")
-        with path.open("rb"):
-            pass
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{str(path)[:200]!r}: cannot be read ({_line(error)})") from None
-    return path
 
 
 def _rgb(picture: Image.Image, path: Path) -> Image.Image:
@@ -193,10 +173,6 @@ def _sample(record: Any, folder: Path, number: int, pictures: dict[Path, Image.I
         type=record.get("type"),
         id=record.get("id") or str(number),
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _short(value: Any) -> str:

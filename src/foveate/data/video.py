@@ -1,0 +1,389 @@
+"""Reading the user's videos with PyAV, one picture at a time; anything unusable is an `InputError` of one line.
+
+Times are seconds from the start of the file's first video stream, whatever its rate, constant or not. Pictures are RGB
+and upright: turned and mirrored by the stream's display matrix. What cannot be decoded is left out and counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foveate.data.files import one_line, regular_file
+from foveate.method import InputError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+MAX_PIXELS = 40_000_000
+"""Of one frame; 8K has 33 million."""
+MAX_SECONDS = 12 * 3600
+MAX_FRAMES = 4_000_000
+"""Of one file: 12 hours at 90 a second."""
+MAX_SAMPLED_PIXELS = 1_000_000_000
+"""Of all frames that are kept of one file together: 3 GB."""
+
+# Containers and raw streams. Without such a list FFmpeg also reads playlists, which open other files and addresses,
+# and takes text for pictures.
+_FORMATS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,gif,h263,h264,hevc,av1,obu,ivf,yuv4mpegpipe,nut,mxf,dv,"
+    "rm,wtv,mjpeg,wav,mp3,flac,aac"
+)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says of its video.
+
+    Attributes:
+        width, height: px of an upright frame.
+        duration: seconds; None where the file does not say.
+        frames: how many; None where the file does not say.
+        rate: frames a second, on average; None where the file does not say.
+    """
+
+    width: int
+    height: int
+    duration: float | None
+    frames: int | None
+    rate: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames of a clip.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8 RGB.
+        times: (T,) float64, seconds, ascending: when each is shown first.
+        broken: frames of the file that could not be decoded on the way to the last of these.
+    """
+
+    frames: NDArray[np.uint8]
+    times: NDArray[np.float64]
+    broken: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame of a stream: seconds and (H, W, 3) uint8 RGB."""
+
+    time: float
+    pixels: NDArray[np.uint8]
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """What a file says of its video; its first frame is decoded, no other.
+
+    Raises:
+        InputError: no such file, no video, nothing that can be decoded, beyond a limit.
+    """
+    path = regular_file(path, "video")
+    with _opened(path) as container:
+        stream = _video_stream(container, path)
+        duration, frames, rate = _duration(container, stream), stream.frames or None, stream.average_rate
+        _check_duration(path, duration or 0.0)
+    _, frame = next(iter(_Decoded(path)))
+    height, width = _upright(frame, None, None).shape[:2]
+    return VideoInfo(width, height, duration, frames, None if rate is None else float(rate))
+
+
+def sample_frames(path: str | Path, count: int) -> Video:
+    """`count` frames at equal distances in time, from the first to the last (of one: the middle).
+
+    When each frame is shown is read from the file without decoding anything; then it is decoded once, and no more
+    frames are held than are asked for. A clip with fewer frames gives all, and its last one again.
+
+    Raises:
+        InputError: no such file, no video, nothing that can be decoded, beyond a limit, `count` below 1.
+    """
+    if count < 1:
+        raise InputError(f"at least 1 frame has to be taken of a video, not {count}")
+    path = regular_file(path, "video")
+    shown, missing = _timeline(path)
+    if len(shown) <= count:
+        times = [*shown, *[shown[-1]] * (count - len(shown))]
+    elif count == 1:
+        times = [(shown[0] + shown[-1]) / 2]
+    else:
+        times = np.linspace(shown[0], shown[-1], count).tolist()
+    video = frames_at(path, times)
+    return Video(video.frames, video.times, video.broken + missing)
+
+
+def frames_at(
+    path: str | Path, times: Sequence[float], *, short: int | None = None, long: int | None = None,
+    start: float | None = None, most: int = MAX_FRAMES,
+) -> Video:  # fmt: skip
+    """The frames that are shown nearest to ascending `times`, seconds; before and after the video its first and last.
+
+    Args:
+        path: of the file.
+        times: at least one.
+        short, long: px; frames are scaled so that the shorter side has `short`, but the longer one `long` at most.
+        start: where decoding begins (at the key frame before), seconds; None: at the beginning.
+        most: limit of frames to decode.
+
+    Raises:
+        InputError: no such file, no video, nothing that can be decoded, beyond a limit.
+    """
+    path = regular_file(path, "video")
+    decoded = _Decoded(path, start, most)
+    pictures: list[NDArray[np.uint8]] = []
+    found: list[float] = []
+    last: VideoFrame | None = None
+    for time, frame in _nearest(decoded, times):
+        if frame is not last:
+            picture = _upright(frame, short, long)
+            if picture.shape[0] * picture.shape[1] * len(times) > MAX_SAMPLED_PIXELS:
+                raise InputError(
+                    f"{path}: {len(times)} frames of {picture.shape[1]} x {picture.shape[0]} are more than "
+                    f"{MAX_SAMPLED_PIXELS:,} pixels; take fewer, or scale the video down"
+                )
+            if pictures and picture.shape != pictures[0].shape:
+                # Streams may change their size on the way.
+                height, width = pictures[0].shape[:2]
+                picture = _resized(picture, width, height)
+        pictures.append(picture)
+        found.append(time)
+        last = frame
+    return Video(np.stack(pictures), np.array(found), decoded.broken)
+
+
+class Stream:
+    """The frames of a file one after the other, of which only one or two are in memory at a time.
+
+    Args:
+        path: of the file.
+        rate: frames a second: the k-th frame is the one that is shown nearest to k / rate, as long as the video is.
+            None: every frame of the file once, when it is shown.
+
+    Attributes:
+        broken: frames that could not be decoded, so far in the current or last pass.
+
+    Raises:
+        InputError: no such file, a rate that is not above 0; when iterated, no video, nothing that can be decoded,
+            beyond a limit.
+    """
+
+    def __init__(self, path: str | Path, rate: float | None = None) -> None:
+        if rate is not None and not 0 < rate <= 1000:
+            raise InputError(f"a video's rate must be above 0 and at most 1000 frames a second, not {rate}")
+        self.path, self.rate = regular_file(path, "video"), rate
+        self._decoded: _Decoded | None = None
+
+    @property
+    def broken(self) -> int:
+        return 0 if self._decoded is None else self._decoded.broken
+
+    def __iter__(self) -> Iterator[Frame]:
+        decoded = self._decoded = _Decoded(self.path)
+        pairs: Iterable[tuple[float, VideoFrame]] = decoded
+        if self.rate is not None:
+            pairs = _nearest(decoded, (k / self.rate for k in itertools.count()), stop=True)
+        last: VideoFrame | None = None
+        for time, frame in pairs:
+            if frame is not last:
+                picture = _upright(frame, None, None)
+            last = frame
+            yield Frame(time, picture)
+
+
+def stream(path: str | Path, rate: float | None = None) -> Stream:
+    """A file's frames, `rate` a second or all of them, in bounded memory; see `Stream`."""
+    return Stream(path, rate)
+
+
+class _Decoded:
+    """Iterates over (seconds, frame) in the order of showing; `broken` counts the frames that were left out."""
+
+    def __init__(self, path: Path, start: float | None = None, most: int = MAX_FRAMES) -> None:
+        self.path, self.start, self.most, self.broken = path, start, most, 0
+
+    def __iter__(self) -> Iterator[tuple[float, VideoFrame]]:
+        self.broken, now = 0, 0.0
+        number = -1
+        with _opened(self.path) as container:
+            stream = _video_stream(container, self.path)
+            stream.thread_type = "AUTO"
+            base, begin = _clock(stream)
+            rate = float(stream.average_rate or stream.base_rate or 25)
+            if self.start is not None and self.start > 0:
+                container.seek(int(self.start / base) + begin, stream=stream)
+            for number, frame in enumerate(self._frames(container, stream)):
+                if number == self.most:
+                    raise InputError(f"{self.path}: more than {self.most:,} frames to decode")
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise _too_large(self.path, frame.width, frame.height)
+                # Some raw streams have no times; and no frame is shown before the one that it follows.
+                now = max(now, number / rate if frame.pts is None else (frame.pts - begin) * base)
+                _check_duration(self.path, now)
+                yield now, frame
+        if number < 0:
+            raise InputError(f"{self.path}: no frame of its video can be decoded")
+
+    def _frames(self, container: Any, stream: Any) -> Iterator[VideoFrame]:
+        import av
+
+        packets = container.demux(stream)
+        ended = False
+        while not ended:
+            packet = None
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError:
+                # The container is damaged here and nothing behind can be found; what the decoder holds comes still.
+                self.broken += 1
+            ended = packet is None
+            try:
+                frames = stream.codec_context.decode(packet)
+            except EOFError:
+                continue
+            except av.FFmpegError:
+                self.broken += 1
+                continue
+            for frame in frames:
+                # Patched up by the decoder where data was missing.
+                if frame.is_corrupt:
+                    self.broken += 1
+                else:
+                    yield frame
+
+
+def _nearest(
+    frames: Iterable[tuple[float, VideoFrame]], times: Iterable[float], stop: bool = False
+) -> Iterator[tuple[float, VideoFrame]]:
+    """For each of ascending times the frame nearest to it, the earlier of two; past the last frame that, or with `stop`
+    nothing."""
+    wanted = iter(times)
+    target = next(wanted, None)
+    previous: tuple[float, VideoFrame] | None = None
+    for now, frame in frames:
+        while previous is not None and target is not None and target <= (previous[0] + now) / 2:
+            yield previous
+            target = next(wanted, None)
+        if target is None:
+            return
+        previous = now, frame
+    while previous is not None and target is not None and (not stop or target <= previous[0] + 1e-6):
+        yield previous
+        target = next(wanted, None)
+
+
+def _timeline(path: Path) -> tuple[array[float], int]:
+    """When the frames of the file are shown, ascending seconds, and how many the file promises beyond these.
+
+    Nothing is decoded: the container has the times.
+    """
+    import av
+
+    times = array("d")
+    packets = 0
+    with _opened(path) as container:
+        stream = _video_stream(container, path)
+        base, begin = _clock(stream)
+        rate = float(stream.average_rate or stream.base_rate or 25)
+        try:
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue
+                packets += 1
+                # Packets before a cut are there for the decoder only.
+                if packet.is_discard:
+                    continue
+                times.append(len(times) / rate if packet.pts is None else (packet.pts - begin) * base)
+                if len(times) > MAX_FRAMES:
+                    raise InputError(f"{path}: more than {MAX_FRAMES:,} frames")
+        except av.FFmpegError:
+            pass  # truncated: what there is up to here is used, and `_Decoded` counts
+        promised = stream.frames
+    if not times:
+        raise InputError(f"{path}: no frame of its video can be decoded")
+    _check_duration(path, max(times) - min(times))
+    return array("d", sorted(times)), max(0, promised - packets)
+
+
+def _opened(path: Path) -> Any:
+    import av
+
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    try:
+        # Absolute: no file's name is then taken for a protocol.
+        return av.open(str(path.absolute()), options=options, metadata_errors="replace")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a video that can be read ({_reason(error)})") from None
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    import av.stream
+
+    # A sound file's cover is a video of one picture to FFmpeg.
+    found = [one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic]
+    if not found:
+        sound = ", only sound" if container.streams.audio else ""
+        raise InputError(f"{path}: there is no video in it{sound}")
+    stream = found[0]
+    if stream.codec_context is None:
+        raise InputError(f"{path}: there is no decoder for its video here")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MAX_PIXELS:
+        raise _too_large(path, width, height)
+    return stream
+
+
+def _clock(stream: Any) -> tuple[float, int]:
+    """Seconds of a tick, and the tick at which the video starts."""
+    return float(stream.time_base or 0.001), int(stream.start_time or 0)
+
+
+def _duration(container: Any, stream: Any) -> float | None:
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return None if not container.duration else container.duration / 1_000_000
+
+
+def _check_duration(path: Path, seconds: float) -> None:
+    if not math.isfinite(seconds) or seconds > MAX_SECONDS:
+        raise InputError(f"{path}: longer than {MAX_SECONDS // 3600} hours; cut it")
+
+
+def _too_large(path: Path, width: int, height: int) -> InputError:
+    return InputError(f"{path}: {width} x {height} pixels a frame are more than the limit of {MAX_PIXELS:,}")
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or one_line(error))
+
+
+def _upright(frame: VideoFrame, short: int | None, long: int | None) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB, scaled as `frames_at` says."""
+    from av.sidedata.sidedata import Type
+
+    width, height = frame.width, frame.height
+    scale = min((short or min(width, height)) / min(width, height), (long or max(width, height)) / max(width, height))
+    pixels = frame.to_ndarray(
+        format="rgb24", width=max(1, round(width * scale)), height=max(1, round(height * scale))
+    )  # fmt: skip
+    side_data: Any = frame.side_data
+    matrix = side_data.get(Type.DISPLAYMATRIX)
+    if matrix is not None:
+        # x' = a x + c y, y' = b x + d y, the rest of the matrix is a shift; in file order a b _ c d.
+        a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            pixels, a, d = pixels.transpose(1, 0, 2), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+
+def _resized(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
