@@ -1,4 +1,4 @@
-"""The command line: `foveate compare`, `methods`, `verify`, `train`.
+"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe` (cli_probe.py).
 
 Whatever the user gave and cannot be used ends with one line on stderr and exit code 2; an interruption with 130. Any
 other exception is a bug and keeps its traceback. What is slow to import is imported by the command that needs it.
@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
+from foveate import cli_probe
 from foveate.method import (
     STAGES,
     InputError,
@@ -62,6 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_probe.app, name="probe")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,16 +31,16 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes name -> text into `folder`, made if absent: all under temporary names first, then renamed."""
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes name -> text or bytes into `folder`, made if absent: all under temporary names first, then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     written: list[tuple[Path, Path]] = []
     try:
-        for name, text in files.items():
+        for name, content in files.items():
             handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
             written.append((Path(temporary), folder / name))
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
             # mkstemp's files are private; results get the permissions that the user's umask says.
             mask = os.umask(0)
             os.umask(mask)

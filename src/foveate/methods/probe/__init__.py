@@ -1,0 +1,1 @@
+"""Analysis of models and attacks on them: measured, not applied."""
