@@ -119,11 +119,13 @@ class Tokens:
         into = into if self.valid is None else torch.where(self.valid, into, DROPPED)
         groups = int(into.max()) + 1 if groups is None else groups
         share = (into >= 0).to(exact) if weight is None else weight.to(exact) * (into >= 0)
-        target = into.clamp(min=0)
+        # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
+        target = (into.clamp(min=0) + groups * torch.arange(batch, device=into.device).unsqueeze(1)).reshape(-1, 1)
 
         def total(values: Tensor) -> Tensor:
-            out = values.new_zeros(batch, groups, values.shape[-1])
-            return out.scatter_add(1, target.unsqueeze(-1).expand_as(values), values)
+            rows = values.flatten(0, 1)
+            out = rows.new_zeros(batch * groups, rows.shape[1])
+            return out.scatter_add(0, target.expand_as(rows), rows).unflatten(0, (batch, groups))
 
         mass = total(share.unsqueeze(-1)).clamp(min=torch.finfo(exact).tiny)
         patches = self.size * (into >= 0)
