@@ -20,6 +20,8 @@ from foveate.measure.compare import Comparison, Row, candidates, compare
 
 _ROOT = Path(__file__).parent.parent
 _MARKERS = "osD^vPX*"
+# Baselines are grey, so that no method is.
+_COLOURS = [f"C{number}" for number in range(10) if number != 7]
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def draw(comparison: Comparison) -> Figure:
         style: dict[str, Any] = (
             {"color": str(0.35 + 0.1 * (number % 4)), "linestyle": "--", "linewidth": 1.2}
             if mine[0].baseline
-            else {"linewidth": 2.2}
+            else {"linewidth": 2.2, "color": _COLOURS[number % len(_COLOURS)]}
         )
         axes.plot(
             [r.flops_ratio for r in mine], [100 * (r.accuracy or 0) for r in mine], label=name,
