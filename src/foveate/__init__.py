@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foveate.apply import Applied, apply
+from foveate.configuration import load_configuration
 from foveate.method import Card, Claim, InputError, Method, Stage, at, method_class, register, registry
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Card", "Claim", "InputError", "Method", "Stage", "Tokens", "apply", "at", "compare", "method_class",
-    "register", "registry",
+    "Applied", "Card", "Claim", "InputError", "Method", "Stage", "Tokens", "apply", "at", "compare",
+    "load_configuration", "method_class", "register", "registry",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from foveate.configuration import is_file, load_configuration
 from foveate.method import InputError, Method, build
 
 # Adapters bring torch, and with it seconds; they are loaded when the first method is applied.
@@ -69,23 +70,32 @@ def apply(model: nn.Module, method: str | Method | Sequence[str | Method], **set
 
     Args:
         model: a supported model: LLaVA, LLaVA-NeXT, CLIP, SigLIP, ViT, DINOv2 of transformers, timm's ViT.
-        method: a registered name, an instance, or a list of either.
+        method: a registered name, a configuration file (a name that ends in ".json", see `foveate.configuration`), an
+            instance, or a list of these.
         settings: the method's keyword arguments, with a single name only.
 
     Returns:
         an `Applied`, which is also a context manager.
 
     Raises:
-        InputError: unknown names or settings, a host without a needed stage, methods that clash, a model that
-            has methods applied already.
+        InputError: unknown names or settings, a file that is no configuration, a host without a needed stage, methods
+            that clash, a model that has methods applied already.
     """
+    if isinstance(method, str) and is_file(method):
+        if settings:
+            raise InputError("a configuration file has its own settings; give none beside it")
+        method = [method]
     if isinstance(method, str | Method):
         return Applied(model, (build(method, settings),))
     if settings:
         raise InputError("settings go with one method's name; in a list, give instances")
     if not method:
         raise InputError("an empty list of methods; 'dense' is the method that changes nothing")
-    return Applied(model, tuple(build(one) for one in method))
+    return Applied(model, tuple(built for one in method for built in _built(one)))
+
+
+def _built(entry: str | Method) -> list[Method]:
+    return load_configuration(entry) if isinstance(entry, str) and is_file(entry) else [build(entry)]
 
 
 def _assign(methods: tuple[Method, ...], host: Host) -> dict[str, Method]:
