@@ -1,4 +1,4 @@
-"""Reading the user's pictures and questions, with limits; anything unusable is an `InputError` of one line."""
+"""Reading the user's pictures, clips and questions, with limits; anything unusable is an `InputError` of one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from foveate.data.files import one_line, regular_file
 from foveate.data.samples import Sample
+from foveate.data.video import Video, sample_frames
 from foveate.method import InputError
 
 MAX_PIXELS = 80_000_000
@@ -19,12 +20,12 @@ MAX_PIXELS = 80_000_000
 MAX_ASPECT = 200
 """Longer by shorter side of one picture; image processors scale by the shorter side, and memory by the longer."""
 MAX_TOTAL_PIXELS = 1_000_000_000
-"""Of all pictures of a JSONL file together: 3 GB once decoded."""
+"""Of all pictures and frames of a JSONL file together: 3 GB once decoded."""
 MAX_JSONL_BYTES = 256 * 2**20
 
 # Only formats that Pillow decodes itself: it would hand EPS to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-_FIELDS = ("image", "prompt", "question", "answer", "type", "id")
+_FIELDS = ("image", "video", "prompt", "question", "answer", "type", "id")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -66,15 +67,16 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: the picture is damaged or truncated ({one_line(error)})") from None
 
 
-def read_jsonl(path: str | Path) -> list[Sample]:
-    """Questions about pictures, one JSON object a line; blank lines are skipped.
+def read_jsonl(path: str | Path, frames: int = 8) -> list[Sample]:
+    """Questions about pictures and clips, one JSON object a line; blank lines are skipped.
 
-    `{"image": file or [files], "prompt" or "question": text, "answer": text, "type": text, "id": text}`, files
-    relative to the JSONL's folder, the last three optional. Without an id the line's number is one. A picture that
-    several lines name is read once.
+    `{"image" or "video" or both: file or [files], "prompt" or "question": text, "answer": text, "type": text, "id":
+    text}`, files relative to the JSONL's folder, the last three optional. Of a clip `frames` frames are taken (see
+    `foveate.data.video.sample_frames`). Without an id the line's number is one. A file that several lines name is read
+    once.
 
     Raises:
-        InputError: with the line number, for malformed lines, missing or unknown fields, unusable pictures and an id
+        InputError: with the line number, for malformed lines, missing or unknown fields, unusable files and an id
             that was there before; for a file without any record, or one beyond the limits.
     """
     path = regular_file(path, "data set")
@@ -84,7 +86,7 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    pictures: dict[Path, Image.Image] = {}
+    files = _Files(frames)
     samples: list[Sample] = []
     lines_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -97,7 +99,7 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         except (RecursionError, ValueError) as error:
             raise InputError(f"{path}:{number}: not usable JSON: {one_line(error)}") from None
         try:
-            sample = _sample(record, path.parent, number, pictures)
+            sample = _sample(record, path.parent, number, files)
             if sample.id in lines_of:
                 raise InputError(f"the id {sample.id[:60]!r} is that of line {lines_of[sample.id]} already")
         except InputError as error:
@@ -133,7 +135,7 @@ def _rgb(picture: Image.Image, path: Path) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _sample(record: Any, folder: Path, number: int, pictures: dict[Path, Image.Image]) -> Sample:
+def _sample(record: Any, folder: Path, number: int, read: _Files) -> Sample:
     if not isinstance(record, dict):
         raise InputError(f"a record must be a JSON object, not {type(record).__name__}")
     unknown = [name for name in record if name not in _FIELDS]
@@ -143,8 +145,8 @@ def _sample(record: Any, folder: Path, number: int, pictures: dict[Path, Image.I
         raise InputError("give either 'prompt' or 'question', not both")
     if "prompt" not in record and "question" not in record:
         raise InputError("the field 'prompt' is missing")
-    if "image" not in record:
-        raise InputError("the field 'image' is missing")
+    if "image" not in record and "video" not in record:
+        raise InputError("the field 'image' is missing, and there is no 'video'")
     name = "prompt" if "prompt" in record else "question"
     prompt = record[name]
     if not isinstance(prompt, str) or not prompt.strip():
@@ -152,27 +154,56 @@ def _sample(record: Any, folder: Path, number: int, pictures: dict[Path, Image.I
     for optional in ("answer", "type", "id"):
         if not isinstance(record.get(optional), str | None):
             raise InputError(f"{optional!r} must be text, not {_short(record[optional])}")
-    files = record["image"] if isinstance(record["image"], list) else [record["image"]]
-    if not files or not all(isinstance(one, str) and one for one in files):
-        raise InputError(f"'image' must be a file name or a list of them, not {_short(record['image'])}")
-    images = []
-    for file in files:
-        path = folder / file
-        if path not in pictures:
-            picture = read_image(path)
-            if sum(one.width * one.height for one in (*pictures.values(), picture)) > MAX_TOTAL_PIXELS:
-                raise InputError(
-                    f"the pictures so far have more than {MAX_TOTAL_PIXELS:,} pixels; scale them down or split the file"
-                )
-            pictures[path] = picture
-        images.append(pictures[path])
     return Sample(
-        images=tuple(images),
+        images=tuple(read.picture(folder / file) for file in _names(record, "image")),
         prompt=prompt,
         answer=record.get("answer"),
         type=record.get("type"),
         id=record.get("id") or str(number),
+        videos=tuple(read.video(folder / file) for file in _names(record, "video")),
     )
+
+
+def _names(record: dict[str, Any], field: str) -> list[str]:
+    """The file names of a field, which may be one or a list of them."""
+    if field not in record:
+        return []
+    value = record[field]
+    files = value if isinstance(value, list) else [value]
+    if not files or not all(isinstance(one, str) and one for one in files):
+        raise InputError(f"{field!r} must be a file name or a list of them, not {_short(value)}")
+    return files
+
+
+class _Files:
+    """The files of a data set, each read once; of a clip `frames` frames. InputError where they are too many pixels."""
+
+    def __init__(self, frames: int) -> None:
+        self._frames = frames
+        self._pictures: dict[Path, Image.Image] = {}
+        self._videos: dict[Path, Video] = {}
+        self._pixels = 0
+
+    def picture(self, path: Path) -> Image.Image:
+        if path not in self._pictures:
+            picture = read_image(path)
+            self._count(picture.width * picture.height)
+            self._pictures[path] = picture
+        return self._pictures[path]
+
+    def video(self, path: Path) -> Video:
+        if path not in self._videos:
+            video = sample_frames(path, self._frames)
+            self._count(video.frames.size // 3)
+            self._videos[path] = video
+        return self._videos[path]
+
+    def _count(self, pixels: int) -> None:
+        self._pixels += pixels
+        if self._pixels > MAX_TOTAL_PIXELS:
+            raise InputError(
+                f"the pictures so far have more than {MAX_TOTAL_PIXELS:,} pixels; scale them down or split the file"
+            )
 
 
 def _short(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""`Sample`: pictures and a question, and how samples become a batch of model inputs."""
+"""`Sample`: pictures, clips and a question, and how samples become a batch of model inputs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,10 +14,16 @@ from torch import Tensor
 from foveate.data.scenes import held_out_questions
 from foveate.method import InputError
 
+if TYPE_CHECKING:
+    from foveate.data.video import Video
+
+NO_VIDEOS = "this model takes no videos, only pictures; LLaVA-OneVision and Qwen2-VL do"
+_KINDS = {"image": "pictures", "video": "videos"}
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about pictures.
+    """One question about pictures, clips or both.
 
     Attributes:
         images: RGB, in the order of the prompt.
@@ -25,6 +31,7 @@ class Sample:
         answer: the right answer; None where it is not known.
         type: kind of question; None for no kind.
         id: a name for messages and results, unique among the samples of a comparison.
+        videos: clips, which stand behind the pictures in the prompt.
     """
 
     images: tuple[Image.Image, ...]
@@ -32,6 +39,7 @@ class Sample:
     answer: str | None = None
     type: str | None = None
     id: str = ""
+    videos: tuple[Video, ...] = ()
 
 
 def from_scenes(split: str = "test", count: int = 256, seed: int = 0) -> list[Sample]:
@@ -57,41 +65,57 @@ def to_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
 
     Args:
         processor: of a transformers vision-language model. Its chat template is used if it has one, otherwise
-            LLaVA-1.5's form, "USER: <image>\\nquestion ASSISTANT:".
-        samples: at least one, each with at least one picture.
+            LLaVA-1.5's form, "USER: <image>\nquestion ASSISTANT:". It gets every frame of a clip.
+        samples: at least one, each with at least one picture or clip.
 
     Raises:
-        InputError: for an empty batch, a sample without picture, a prompt without image token or with one of its own,
-            and pixels that are not finite.
+        InputError: for an empty batch, a sample without picture and clip, a clip where the processor takes none, a
+            prompt without image or video token or with one of its own, and pixels that are not finite.
     """
     if not samples:
         raise InputError("there are no samples")
-    token = getattr(processor, "image_token", None)
+    kinds = [kind for kind in ("image", "video") if getattr(processor, f"{kind}_token", None) is not None]
     for sample in samples:
-        if not sample.images:
+        if not sample.images and not sample.videos:
             raise InputError(f"{name(sample)} has no picture")
-        if token and token in sample.prompt:
-            raise InputError(f"{name(sample)}: leave {token!r} out of the prompt; the pictures are put before it")
+        if sample.videos and ("video" not in kinds or getattr(processor, "video_processor", None) is None):
+            raise InputError(f"{name(sample)}: {NO_VIDEOS}")
+        for kind in kinds:
+            if (token := getattr(processor, f"{kind}_token")) and token in sample.prompt:
+                raise InputError(
+                    f"{name(sample)}: leave {token!r} out of the prompt; the {_KINDS[kind]} are put before it"
+                )
     texts = [_chat(processor, sample) for sample in samples]
-    pictures = [image.convert("RGB") for sample in samples for image in sample.images]
+    visual: dict[str, Any] = {}
+    if pictures := [image.convert("RGB") for sample in samples for image in sample.images]:
+        visual["images"] = pictures
+    if videos := [video for sample in samples for video in sample.videos]:
+        visual["videos"] = [video.frames for video in videos]
+        visual["videos_kwargs"] = {
+            "do_sample_frames": False, "video_metadata": [_metadata(video) for video in videos]
+        }  # fmt: skip
     try:
-        batch = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **visual)
     except (ValueError, IndexError, StopIteration):
         # Some processors count image tokens themselves, each in words of its own.
         for sample, text in zip(samples, texts):
-            if token and token not in text:
-                raise _without_image_token(sample) from None
+            for kind in _present(sample, kinds):
+                if getattr(processor, f"{kind}_token") not in text:
+                    raise _without_token(sample, kind) from None
         raise
     inputs: dict[str, Tensor] = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     inputs.pop("token_type_ids", None)
-    if not bool(torch.isfinite(inputs["pixel_values"]).all()):
-        raise InputError("a picture has pixels that are not finite (NaN or infinite)")
-    number = getattr(processor, "image_token_id", None)
-    if number is not None:
+    for key in ("pixel_values", "pixel_values_videos"):
+        if key in inputs and not bool(torch.isfinite(inputs[key]).all()):
+            raise InputError("a picture has pixels that are not finite (NaN or infinite)")
+    for kind in kinds:
+        number = getattr(processor, f"{kind}_token_id", None)
+        if number is None:
+            continue
         present = (inputs["input_ids"] == number).any(1).tolist()
         for sample, has in zip(samples, present):
-            if not has:
-                raise _without_image_token(sample)
+            if not has and kind in _present(sample, kinds):
+                raise _without_token(sample, kind)
     return inputs
 
 
@@ -100,16 +124,33 @@ def name(sample: Sample) -> str:
     return f"sample {sample.id or sample.prompt[:60]!r}"
 
 
-def _without_image_token(sample: Sample) -> InputError:
-    return InputError(f"{name(sample)}: its prompt has no image token; is the model's chat template right?")
+def _present(sample: Sample, kinds: Sequence[str]) -> list[str]:
+    """Of what the processor takes, what the sample has."""
+    there = {"image": sample.images, "video": sample.videos}
+    return [kind for kind in kinds if there[kind]]
+
+
+def _metadata(video: Video) -> dict[str, Any]:
+    """What transformers' processors ask of a clip: models that are told the time get that of the frames they see."""
+    count, span = len(video.times), float(video.times[-1] - video.times[0])
+    height, width = video.frames.shape[1:3]
+    return {
+        "total_num_frames": count, "frames_indices": list(range(count)),
+        "fps": (count - 1) / span if span > 0 else None, "height": height, "width": width,
+    }  # fmt: skip
+
+
+def _without_token(sample: Sample, kind: str) -> InputError:
+    return InputError(f"{name(sample)}: its prompt has no {kind} token; is the model's chat template right?")
 
 
 def _chat(processor: Any, sample: Sample) -> str:
-    """The prompt with chat words and image tokens, ready for the answer."""
+    """The prompt with chat words and image and video tokens, ready for the answer."""
+    parts = ["image"] * len(sample.images) + ["video"] * len(sample.videos)
     if getattr(processor, "chat_template", None):
-        content: list[dict[str, str]] = [{"type": "image"} for _ in sample.images]
+        content: list[dict[str, str]] = [{"type": kind} for kind in parts]
         content.append({"type": "text", "text": sample.prompt})
         text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return text
-    token = getattr(processor, "image_token", "<image>")
-    return "USER: " + f"{token}\n" * len(sample.images) + f"{sample.prompt} ASSISTANT:"
+    tokens = [getattr(processor, f"{kind}_token", f"<{kind}>") for kind in parts]
+    return "USER: " + "".join(f"{token}\n" for token in tokens) + f"{sample.prompt} ASSISTANT:"

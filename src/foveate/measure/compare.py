@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from foveate.apply import apply
-from foveate.data.samples import Sample, to_inputs
+from foveate.configuration import describe, is_file, load_configuration
+from foveate.data.samples import NO_VIDEOS, Sample
+from foveate.data.samples import name as called
 from foveate.hosts import adapt
+from foveate.hosts.language import VisionLanguageHost
 from foveate.measure.environment import environment
-from foveate.measure.flops import count_flops
-from foveate.measure.memory import kv_bytes
+from foveate.measure.prefill import Prefill
 from foveate.measure.provenance import Overlay, overlay, visual_tokens
-from foveate.measure.quality import Answered, Batches, answer, answer_length, gather, place, score
-from foveate.measure.timing import Timing, interleave, seconds
+from foveate.measure.quality import Answered, Batches, answer, answer_length, gather, score
+from foveate.measure.timing import Timing
 from foveate.method import HostShape, InputError, Method, method_class, registry
 
 METHODS = ("fopru", "vtc-cls", "pyramiddrop", "aim")
@@ -28,6 +29,8 @@ NEAR = 0.01
 """How far below dense counts as "as good": 1 point."""
 
 Progress = Callable[[int, int, str], None]
+Entry = str | Method | tuple[Method, ...]
+"""What is measured: a name, set up for each budget, or one method or a stack as they are, measured once."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class Row:
     """One method at one budget. Where it refused, only method, budget, baseline and the reason are set.
 
     Attributes:
-        method: slug.
+        method: slug; those of a stack joined by "+".
         budget: share of visual tokens, averaged over the language model's layers, that it was asked to spend.
         baseline: whether it is one of the plain baselines (dense included).
-        settings: the method's arguments.
+        settings: the method's arguments; of a stack, slug -> arguments.
         stages: (stage, visual tokens after it, mean over samples, all crops of a sample together).
         visual_share: measured share of visual tokens, mean over the language model's layers and the samples.
         flops, flops_ratio: of one prefill of batch 1, and as a share of dense.
@@ -142,7 +145,7 @@ def compare(
     model: Any,
     processor: Any,
     samples: Sequence[Sample],
-    methods: Sequence[str | Method] | None = None,
+    methods: Sequence[Entry] | None = None,
     *,
     budgets: Sequence[float] = BUDGETS,
     baselines: Sequence[str] | None = None,
@@ -161,8 +164,9 @@ def compare(
     Args:
         model: a vision-language model that `foveate.apply` supports, on its device.
         processor: the model's.
-        samples: questions; accuracy is measured where they have answers.
-        methods: names, set up for each budget, or instances, measured once as they are; None: all `candidates`.
+        samples: questions about pictures or clips; accuracy is measured where they have answers.
+        methods: names, set up for each budget; instances, tuples of them (stacks) and configuration files (names that
+            end in ".json"), measured once as they are; None: all `candidates`.
         budgets: shares of visual tokens in (0, 1], averaged over the language model's layers.
         baselines: what to measure beside them; None: all that there are. Dense is always there.
         batch_size: samples a batch. Results do not depend on the number of processes, but may in the last bits on this.
@@ -174,9 +178,9 @@ def compare(
         accelerator: an `accelerate.Accelerator` to share the samples among processes; every process gets all rows.
 
     Raises:
-        InputError: no samples, a sample without picture, pixels that are not finite, a prompt longer than the model
-            takes, a budget out of range, a model without adapter or without language model, unknown names, a method
-            in `methods` that can be set to none of the budgets on this model.
+        InputError: no samples, a sample without picture, a clip for a model that takes none, pixels that are not
+            finite, a prompt longer than the model takes, a budget out of range, a model without adapter or without
+            language model, unknown names, a method in `methods` that can be set to none of the budgets on this model.
     """
     if not samples:
         raise InputError("there are no samples to compare on")
@@ -185,16 +189,19 @@ def compare(
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InputError(f"budgets must be in (0, 1], not {budget!r}")
-    shape = adapt(model).shape
-    if not shape.llm_layers:
+    host = adapt(model)
+    shape = host.shape
+    if not isinstance(host, VisionLanguageHost):
         raise InputError(f"compare needs a vision-language model; {type(model).__name__} has no language model")
+    if "video" not in host.modalities and (moving := next((one for one in samples if one.videos), None)):
+        raise InputError(f"{called(moving)}: {NO_VIDEOS}")
     planned = _plan(model, shape, methods, baselines, budgets)
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     new_tokens = answer_length(processor, samples) if max_new_tokens is None else max_new_tokens
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = None if room is None else room - new_tokens
     batches = Batches(processor, samples, batch_size, process, processes, longest)
-    bench = _Bench(model, processor, samples, shape, batches, new_tokens, timing_pairs, accelerator)
+    bench = _Bench(model, processor, samples, host, batches, new_tokens, timing_pairs, accelerator)
     bench.total = len(batches) * (1 + len(planned))
     bench.on_progress = on_progress or (lambda done, total, text: None)
     training = model.training
@@ -274,18 +281,18 @@ def choose(rows: Sequence[Row]) -> tuple[Row | None, str]:
 
 
 def _plan(
-    model: Any, shape: HostShape, methods: Sequence[str | Method] | None, baselines: Sequence[str] | None,
+    model: Any, shape: HostShape, methods: Sequence[Entry] | None, baselines: Sequence[str] | None,
     budgets: Sequence[float],
-) -> list[tuple[str | Method, float]]:  # fmt: skip
-    """What is measured after dense, in order, with its budget (that of an instance is not known yet: 0).
+) -> list[tuple[Entry, float]]:  # fmt: skip
+    """What is measured after dense, in order, with its budget (that of what is set up already is not known yet: 0).
 
     Who names a method wants to hear at once that it cannot work here at all; InputError says why.
     """
-    asked = list(dict.fromkeys(methods or ()))
+    asked = [_read(entry) for entry in dict.fromkeys(methods or ())]
     beside = candidates(shape.family, baselines=True) if baselines is None else tuple(baselines)
     others = candidates(shape.family) if methods is None else ()
     budgets = tuple(dict.fromkeys(budgets))
-    planned: list[tuple[str | Method, float]] = []
+    planned: list[tuple[Entry, float]] = []
     for entry in dict.fromkeys((*beside, *asked, *others)):
         if entry == "dense":
             continue
@@ -297,7 +304,15 @@ def _plan(
     return planned
 
 
-def _refusal(model: Any, shape: HostShape, entry: str | Method, budget: float) -> InputError | None:
+def _read(entry: Entry) -> Entry:
+    """The methods of a configuration file; anything else as it is. Dense, which is always there, is its name."""
+    if not (isinstance(entry, str) and is_file(entry)):
+        return entry
+    methods = tuple(load_configuration(entry))
+    return "dense" if [one.card.slug for one in methods] == ["dense"] else methods
+
+
+def _refusal(model: Any, shape: HostShape, entry: Entry, budget: float) -> InputError | None:
     """Why this cannot be measured, without having run it. InputError for an unknown name."""
     if isinstance(entry, str):
         method_class(entry)
@@ -308,40 +323,33 @@ def _refusal(model: Any, shape: HostShape, entry: str | Method, budget: float) -
     return None
 
 
-def _set_up(entry: str | Method, budget: float, shape: HostShape) -> Method:
-    return method_class(entry).for_budget(budget, shape) if isinstance(entry, str) else entry
+def _set_up(entry: Entry, budget: float, shape: HostShape) -> tuple[Method, ...]:
+    if isinstance(entry, str):
+        return (method_class(entry).for_budget(budget, shape),)
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 class _Bench:
     """One model under measurement."""
 
     def __init__(
-        self, model: Any, processor: Any, samples: Sequence[Sample], shape: HostShape, batches: Batches,
-        new_tokens: int, pairs: int, accelerator: Any,
+        self, model: Any, processor: Any, samples: Sequence[Sample], host: VisionLanguageHost,
+        batches: Batches, new_tokens: int, pairs: int, accelerator: Any,
     ) -> None:  # fmt: skip
-        self.model, self.processor, self.samples, self.shape = model, processor, samples, shape
+        self.model, self.processor, self.samples, self.shape = model, processor, samples, host.shape
+        self.modalities = host.modalities
         self.batches, self.new_tokens, self.pairs, self.accelerator = batches, new_tokens, pairs, accelerator
-        self.index = sorted(range(len(samples)), key=lambda index: len(samples[index].prompt))[len(samples) // 2]
-        self.one = place(to_inputs(processor, [samples[self.index]]), model)
+        self.prefill = Prefill(model, processor, samples)
+        self.index = self.prefill.index
         self.shown: Shown | None = None
         self.on_progress: Progress = lambda done, total, text: None
         self.done = self.total = 0
         self._reference: list[Answered] = []
         self._flops = 0
 
-    @torch.inference_mode()
-    def _prefill(self) -> Any:
-        return self.model(**self.one, use_cache=True, logits_to_keep=1)
-
     def _step(self, text: str) -> None:
         self.done += 1
         self.on_progress(self.done, self.total, text)
-
-    def _cost(self) -> tuple[int, int]:
-        """FLOPs of one prefill and the bytes that it leaves in the cache."""
-        caches: list[Any] = []
-        flops = count_flops(lambda: caches.append(self._prefill().past_key_values))
-        return flops, kv_bytes(caches[0])
 
     def _answer(self, said: Sequence[Answered]) -> str:
         """The answer to the sample that is shown, whichever process asked it."""
@@ -352,7 +360,7 @@ class _Bench:
         self._reference = answer(
             self.model, self.processor, self.batches, self.new_tokens, lambda: self._step("dense")
         )
-        self._flops, cache = self._cost()
+        self._flops, cache = self.prefill.cost()
         sample = self.samples[self.index]
         self.shown = Shown(sample.id, sample.prompt, sample.answer, self._answer(self._reference))
         quality = score(self.samples, self._reference, self._reference, self.accelerator)
@@ -363,26 +371,40 @@ class _Bench:
         )  # fmt: skip
 
     def _image_tokens(self) -> list[int]:
-        token = self.model.config.image_token_id
-        return [n for _, inputs in self.batches for n in (inputs["input_ids"] == token).sum(1).tolist()]
+        entries = [entry for _, entry in self.modalities.values()]
+        tokens = torch.tensor([getattr(self.model.config, entry) for entry in entries])
+        return [n for _, inputs in self.batches for n in torch.isin(inputs["input_ids"], tokens).sum(1).tolist()]
 
-    def row(self, entry: str | Method, budget: float) -> tuple[Row, Overlay | None]:
-        name = entry if isinstance(entry, str) else entry.card.slug
-        baseline = method_class(name).card.baseline if isinstance(entry, str) else entry.card.baseline
-        label = f"{name} at {budget:g}" if isinstance(entry, str) else repr(entry)
+    def _overlay(self, host: Any, name: str, budget: float, answer: str) -> Overlay | None:
+        """Of the sample that the last forward ran on; None for pictures of different grids."""
+        try:
+            grid = host.grid()
+        except InputError:
+            return None
+        frames = 1 if self.samples[self.index].images else host.encoded["video"][0].crops
+        return overlay(list(host.trace), self.shape.llm_layers, grid, name, budget, answer, frames=frames)
+
+    def row(self, entry: Entry, budget: float) -> tuple[Row, Overlay | None]:
+        if isinstance(entry, str):
+            name, baseline = entry, method_class(entry).card.baseline
+            label = f"{name} at {budget:g}"
+        else:
+            stack = _set_up(entry, budget, self.shape)
+            name, baseline = "+".join(one.card.slug for one in stack), all(one.card.baseline for one in stack)
+            label = " + ".join(map(repr, stack))
         start = self.done
         try:
-            method = _set_up(entry, budget, self.shape)
-            with apply(self.model, method) as applied:
+            methods = _set_up(entry, budget, self.shape)
+            with apply(self.model, methods) as applied:
                 said, counts = self._ask(applied, label)
-                flops, cache = self._cost()
-                trace = list(applied.trace)
+                flops, cache = self.prefill.cost()
+                host = applied.host
         except InputError as error:
             self.done = start + len(self.batches)
             self.on_progress(self.done, self.total, label)
             return Row(name, budget, baseline, refused=str(error)), None
         quality = score(self.samples, self._reference, said, self.accelerator)
-        time = self._time(method)
+        time = self._time(methods)
         rows = gather(counts, self.accelerator)
         share = sum(sum(spent) / whole for whole, spent, _ in rows) / (len(rows) * self.shape.llm_layers)
         stages = {label: 0.0 for _, _, after in rows for label in after}
@@ -390,14 +412,14 @@ class _Bench:
             for stage, count in after.items():
                 stages[stage] += count / len(rows)
         budget = budget or round(share, 4)
-        # As they come back from JSON: lists for tuples.
-        settings = json.loads(json.dumps(method.hyperparameters()))
+        each = {one["method"]: one["settings"] for one in describe(methods)}
+        settings = each if len(methods) > 1 else each[name]
         row = Row(
             name, budget, baseline, settings, tuple(stages.items()), share, flops, flops / self._flops,
             time.ratio, time.low, time.high, cache, quality.accuracy, quality.accuracy_by_type, quality.agreement,
             quality.kl,
         )  # fmt: skip
-        return row, overlay(trace, self.shape.llm_layers, self.shape.grid, name, budget, self._answer(said))
+        return row, self._overlay(host, name, budget, self._answer(said))
 
     def _ask(self, applied: Any, label: str) -> tuple[list[Answered], list[tuple[int, list[int], dict[str, float]]]]:
         """Answers, and for each sample: image tokens of dense, visual tokens at each layer, tokens after each stage."""
@@ -421,20 +443,12 @@ class _Bench:
 
         return answer(self.model, self.processor, self.batches, self.new_tokens, note), counts
 
-    def _time(self, method: Method) -> Timing:
+    def _time(self, methods: tuple[Method, ...]) -> Timing:
         """Measured by the first process while the others wait, and told to all."""
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
-            timing = [self._interleave(method) if self.accelerator.is_main_process else None]
+            timing = [self.prefill.time(methods, self.pairs) if self.accelerator.is_main_process else None]
             result: Timing = broadcast_object_list(timing)[0]
             return result
-        return self._interleave(method)
-
-    def _interleave(self, method: Method) -> Timing:
-        def once(context: AbstractContextManager[Any]) -> float:
-            # Putting the method on and taking it off is no part of a forward.
-            with context:
-                return seconds(self._prefill, self.model.device)
-
-        return interleave(lambda: once(nullcontext()), lambda: once(apply(self.model, method)), self.pairs)
+        return self.prefill.time(methods, self.pairs)

@@ -1,4 +1,4 @@
-"""Where visual tokens went: counts at each layer of the language model, and one picture's overlay."""
+"""Where visual tokens went: counts at each layer of the language model, and the overlay of one picture or clip."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from foveate.hosts.host import Record
 
 @dataclass(frozen=True)
 class Overlay:
-    """What became of every patch of one picture (of several crops: the first, which shows all of it).
+    """What became of every patch of one picture (of several crops: the first, which shows all of it) or of one clip.
 
     Attributes:
         method: slug.
         budget: that the method was set to.
-        grid: (rows, columns) of patches.
-        depth: row by row, the share of the language model's depth at which the patch was dropped: 0 before the language
-            model, 1 never.
-        group: row by row, one number for all patches merged into one token, -1 for a patch that was not merged.
+        grid: (rows, columns) of patches, of a clip those of one frame; where patches are joined, of what they become.
+        depth: frame by frame and row by row, the share of the language model's depth at which the patch was dropped:
+            0 before the language model, 1 never.
+        group: in the same order, one number for all patches merged into one token, -1 for a patch that was not merged.
         answer: what the model said with the tokens that were left.
+        frames: of a clip; a model that joins frames has one for each it makes of them. 1 for a picture.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Overlay:
     depth: tuple[float, ...]
     group: tuple[int, ...]
     answer: str = ""
+    frames: int = 1
 
 
 def visual_tokens(trace: Sequence[Record], depth: int) -> list[tuple[int, ...]]:
@@ -51,9 +53,10 @@ def overlay(
     budget: float,
     answer: str = "",
     sample: int = 0,
+    frames: int = 1,
 ) -> Overlay:
     """The overlay of one sample of the forward that `trace` recorded; in `source`, the first crop comes first."""
-    patches = grid[0] * grid[1]
+    patches = frames * grid[0] * grid[1]
     dropped = torch.ones(patches)
     group = torch.full((patches,), -1)
     first_free = 0
@@ -70,7 +73,7 @@ def overlay(
         first_free += len(carried)
     numbers = {old: new for new, old in enumerate(dict.fromkeys(g for g in group.tolist() if g >= 0))}
     groups = tuple(numbers.get(g, -1) for g in group.tolist())
-    return Overlay(method, budget, grid, tuple(dropped.tolist()), groups, answer)
+    return Overlay(method, budget, grid, tuple(dropped.tolist()), groups, answer, frames)
 
 
 def _layer(stage: str) -> int:

@@ -6,6 +6,7 @@ import base64
 import importlib.resources
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
@@ -13,15 +14,23 @@ from markupsafe import Markup
 from PIL import Image
 
 from foveate.method import registry
-from foveate.report.overlay import SIDE, draw_overlay
+from foveate.report.overlay import ROW, SIDE, draw_overlay, draw_strip
 from foveate.report.plot import plot_svg
 from foveate.report.wording import LEGEND, cells, is_choice, number, reason, sections, shown_columns
 
 if TYPE_CHECKING:
     from foveate.measure.compare import Comparison, Row
+    from foveate.measure.provenance import Overlay
 
 
-def report_html(comparison: Comparison, *, command: str, model: str, picture: Image.Image | None = None) -> str:
+def report_html(
+    comparison: Comparison,
+    *,
+    command: str,
+    model: str,
+    picture: Image.Image | None = None,
+    clip: Sequence[tuple[float, Image.Image]] = (),
+) -> str:
     """The report as text. Whatever the user gave (command, model, prompts, names) is escaped.
 
     Args:
@@ -29,6 +38,7 @@ def report_html(comparison: Comparison, *, command: str, model: str, picture: Im
         command: the command line that makes this report again.
         model: name or path of the model.
         picture: what the model saw of the picture of `comparison.shown`, for the overlays.
+        clip: where that is a clip, the second at which each frame is shown, and what the model saw of it.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("foveate.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -48,8 +58,9 @@ def report_html(comparison: Comparison, *, command: str, model: str, picture: Im
         sections=[[_table_row(comparison, row, first=row is group[0]) for group in block for row in group]
                   for block in sections(comparison)],
         by_type=_by_type(comparison),
-        picture=None if picture is None else _data(_shown(picture)),
-        gallery=[] if picture is None else _gallery(comparison, picture),
+        gallery=[] if picture is None and not clip else _gallery(comparison, picture, clip),
+        dense=_dense(comparison, picture, clip),
+        in_row=min(ROW, len(clip)),
         papers=_papers(comparison.rows),
     )  # fmt: skip
 
@@ -90,7 +101,9 @@ def _by_type(comparison: Comparison) -> dict[str, Any] | None:
     return {"types": types, "lines": lines}
 
 
-def _gallery(comparison: Comparison, picture: Image.Image) -> list[dict[str, Any]]:
+def _gallery(
+    comparison: Comparison, picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
+) -> list[dict[str, Any]]:
     """A line a method, methods before baselines, with an overlay a budget."""
     baselines = {row.method for row in comparison.rows if row.baseline}
     names = list(dict.fromkeys(overlay.method for overlay in comparison.overlays))
@@ -100,11 +113,35 @@ def _gallery(comparison: Comparison, picture: Image.Image) -> list[dict[str, Any
             continue
         shown = sorted((one for one in comparison.overlays if one.method == name), key=lambda one: -one.budget)
         pictures = [
-            {"budget": number(one.budget), "answer": one.answer, "data": _data(draw_overlay(picture, one))}
-            for one in shown
+            {"budget": number(one.budget), "answer": one.answer, "images": _images(one, picture, clip)} for one in shown
         ]
         lines.append({"method": name, "baseline": name in baselines, "pictures": pictures})
     return lines
+
+
+def _images(
+    overlay: Overlay, picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
+) -> list[dict[str, Any]]:
+    """What is drawn of an overlay: one image, or of a clip strips of its frames with the times for under them."""
+    if not clip:
+        assert picture is not None
+        return [{"data": _data(draw_overlay(picture, overlay)), "times": []}]
+    times = [f"{time:.2f} s" for time, _ in clip]
+    strips = draw_strip([frame for _, frame in clip], overlay)
+    return [{"data": _data(strip), "times": times[ROW * k : ROW * (k + 1)]} for k, strip in enumerate(strips)]
+
+
+def _dense(
+    comparison: Comparison, picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
+) -> list[dict[str, Any]]:
+    """What the unchanged model saw."""
+    if picture is not None:
+        return [{"data": _data(_shown(picture)), "times": []}]
+    if not clip or not comparison.overlays:
+        return []
+    one = comparison.overlays[0]
+    whole = replace(one, depth=(1.0,) * len(one.depth), group=(-1,) * len(one.group))
+    return _images(whole, picture, clip)
 
 
 def _shown(picture: Image.Image) -> Image.Image:

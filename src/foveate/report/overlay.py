@@ -1,7 +1,8 @@
-"""Where the tokens of one picture went: dropped patches dimmed, merged patches outlined as groups."""
+"""Where the tokens of one picture or clip went: dropped patches dimmed, merged patches outlined as groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 SIDE = 336
 """Pixels of an overlay's longer side."""
+ROW = 8
+"""Frames of a clip beside each other."""
+_FRAME, _GAP = 112, 4
+"""Pixels of a frame's longer side, and between two."""
 _VEIL = np.array([236.0, 238.0, 240.0])
 _STRONGEST, _WEAKEST = 0.88, 0.25
 _OUTLINE = np.array([255.0, 196.0, 0.0])
@@ -35,18 +40,56 @@ def draw_overlay(picture: Image.Image, overlay: Overlay) -> Image.Image:
     Raises:
         ValueError: if depth or group are not one a patch.
     """
+    depth, group = _by_frame(overlay, 1)
+    return Image.fromarray(_painted(picture, depth[0], group[0], SIDE))
+
+
+def draw_strip(frames: Sequence[Image.Image], overlay: Overlay) -> list[Image.Image]:
+    """RGB, the frames of a clip from left to right, `ROW` in each picture; patches as in `draw_overlay`.
+
+    Args:
+        frames: what the model saw, one for each of the overlay's frames.
+        overlay: depth and group of every patch, frame by frame. A group may run through several frames.
+
+    Raises:
+        ValueError: if depth or group are not one a patch of these frames.
+    """
+    depth, group = _by_frame(overlay, len(frames))
+    painted = [_painted(frame, depth[k], group[k], _FRAME) for k, frame in enumerate(frames)]
+    height, width = painted[0].shape[:2]
+    strips = []
+    for first in range(0, len(painted), ROW):
+        # Each row is as long as the longest, so that a frame has the same place in all of them.
+        strip = Image.new("RGB", (min(ROW, len(painted)) * (width + _GAP) - _GAP, height), tuple(_VEIL.astype(int)))
+        for k, one in enumerate(painted[first : first + ROW]):
+            strip.paste(Image.fromarray(one), (k * (width + _GAP), 0))
+        strips.append(strip)
+    return strips
+
+
+def _by_frame(overlay: Overlay, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Depth and group, (frames, rows, columns) each."""
     rows, columns = overlay.grid
     depth = np.asarray(overlay.depth, dtype=np.float64)
     group = np.asarray(overlay.group, dtype=np.int64)
-    if depth.size != rows * columns or group.size != rows * columns:
-        raise ValueError(f"a grid of {rows}x{columns} has {rows * columns} patches, not {depth.size} and {group.size}")
-    cell = max(2, SIDE // max(rows, columns))
+    count = frames * rows * columns
+    if depth.size != count or group.size != count:
+        many = f"{frames} grids" if frames > 1 else "a grid"
+        raise ValueError(f"{many} of {rows}x{columns} have {count} patches, not {depth.size} and {group.size}")
+    return depth.reshape(frames, rows, columns), group.reshape(frames, rows, columns)
+
+
+def _painted(picture: Image.Image, depth: np.ndarray, group: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8: one grid (rows, columns) over its picture, longer side about `side` pixels."""
+    rows, columns = depth.shape
+    cell = max(2, side // max(rows, columns))
     pixels = np.asarray(picture.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC))
-    veil = np.vectorize(dimming, otypes=[float])(depth).reshape(rows, columns)
+    veil = np.vectorize(dimming, otypes=[float])(depth)
     veil = veil.repeat(cell, 0).repeat(cell, 1)[..., None]
     painted = pixels * (1 - veil) + _VEIL * veil
-    painted[_borders(group.reshape(rows, columns), cell)] = _OUTLINE
-    return Image.fromarray(np.rint(painted).astype(np.uint8))
+    painted[_borders(group, cell)] = _OUTLINE
+    painted = np.rint(painted).astype(np.uint8)
+    return painted
 
 
 def _borders(group: np.ndarray, cell: int) -> np.ndarray:
