@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,6 +47,17 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "a.png"
 
 
+def clip(file: Path) -> None:
+    """Three grey frames."""
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
+        for k in range(3):
+            pixels = np.full((32, 32, 3), 60 * k, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
 needs_zoo = pytest.mark.skipif("tiny-llava" not in zoo.names(), reason="tiny-llava is not trained yet")
 
 BAD = [
@@ -77,6 +89,14 @@ BAD = [
     (["compare", "--image", "nan.tiff", "--prompt", "p"], "NaN"),
     (["compare", "--image", "a.png"], "--image needs --prompt"),
     (["compare", "--prompt", "p"], "--prompt needs --image"),
+    (["compare", "--frames", "0"], "--frames must be at least 1"),
+    (["compare", "--model", "tiny-llava", "--video", "none.mp4", "--prompt", "p"], "no such video file"),
+    (["compare", "--model", "tiny-llava", "--video", "a.png", "--prompt", "p"], "a.png: not a video that can be read"),
+    (["compare", "--model", "tiny-llava", "--video", "empty.png", "--prompt", "p"], "the video file is empty"),
+    (["compare", "--model", "tiny-llava", "--video", "clip.mkv"], "--video needs --prompt"),
+    (["compare", "--model", "tiny-llava", "--video", "clip.mkv", "--prompt", "p"], "takes no videos, only pictures"),
+    (["compare", "--model", "tiny-llava", "--video", "clip.mkv", "--dataset", "bad.jsonl"], "not both"),
+    (["compare", "--dataset", "video.jsonl"], "video.jsonl:2: a.png: not a video that can be read"),
     (["compare", "--dataset", "bad.jsonl"], "bad.jsonl:2: not JSON"),
     (["compare", "--dataset", "text.jsonl"], "text.jsonl:1: the field 'image' is missing"),
     (["compare", "--dataset", "bad.jsonl", "--image", "a.png"], "not both"),
@@ -109,6 +129,10 @@ def test_bad_input_is_one_line(run: Run, picture: Path, arguments: list[str], me
     Image.new("L", (1, 900)).save(folder / "thin.png")
     Image.fromarray(np.full((1, 2), np.nan, dtype=np.float32)).save(folder / "nan.tiff")
     (folder / "text.jsonl").write_text('{"prompt": "p"}\n')
+    clip(folder / "clip.mkv")
+    (folder / "video.jsonl").write_text(
+        '{"video": "clip.mkv", "prompt": "p"}\n{"video": ["clip.mkv", "a.png"], "prompt": "q"}\n'
+    )
     (folder / "vit").mkdir()
     (folder / "vit/config.json").write_text('{"model_type": "vit", "architectures": ["ViTForImageClassification"]}')
     (folder / "bad.jsonl").write_text('{"image": "a.png", "prompt": "p"}\n{"image"\n')

@@ -43,10 +43,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from foveate.data.samples import Sample
+    from foveate.data.video import Video
     from foveate.method import Claim
 
 DEFAULT_MODEL = "tiny-llava"
+VIDEO_MODEL = "tiny-onevision"
 DEFAULT_QUESTIONS = 256
+DEFAULT_FRAMES = 8
 ALL = "all"
 _FAMILIES = {
     "hf-vlm": "vision-language models of transformers",
@@ -139,12 +142,18 @@ def _root(
 @app.command()
 def compare(
     model: Annotated[
-        str, typer.Option(help="Shipped model, local folder, or hub id OWNER/NAME (which is downloaded).")
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Option(
+            help="Shipped model, local folder, or hub id OWNER/NAME (which is downloaded). Without it: tiny-llava, "
+            "with --video tiny-onevision."
+        ),
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture to ask --prompt about; may be repeated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about every --image.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A clip to ask --prompt about; may be repeated.")] = None,
+    frames: Annotated[int, typer.Option(help="Taken of every clip, at equal distances in time.")] = DEFAULT_FRAMES,
+    prompt: Annotated[str | None, typer.Option(help="The question about every --image and --video.")] = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="JSONL, a line {image, prompt, answer, type}; the last two optional.")
+        Path | None, typer.Option(help="JSONL, a line {image or video, prompt, answer, type}; the last two optional.")
     ] = None,
     methods: Annotated[
         str | None,
@@ -174,11 +183,13 @@ def compare(
     _at_least("--questions", questions, 1)
     _at_least("--batch-size", batch_size, 1)
     _at_least("--seed", seed, 0)
+    _at_least("--frames", frames, 1)
     kind = _dtype(dtype)
     check_folder(out)
+    model = model or (VIDEO_MODEL if video else DEFAULT_MODEL)
     source = _source(model)
-    samples = _samples(image or [], prompt, dataset, questions, seed)
-    if methods is None and model == DEFAULT_MODEL and not image and dataset is None:
+    samples = _samples(image or [], prompt, dataset, questions, seed, video or [], frames)
+    if methods is None and model == DEFAULT_MODEL and not image and not video and dataset is None:
         from foveate.measure.compare import METHODS
 
         names = METHODS
@@ -237,10 +248,14 @@ def _run_comparison(
         comparison,
         command=shlex.join(["foveate", *sys.argv[1:]]),
         model=model,
-        picture=_seen(processor, shown.images[0]),
+        picture=_seen(processor, shown.images[0]) if shown.images else None,
+        clip=[] if shown.images else _seen_frames(processor, shown.videos[0]),
     )
     write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
     (out / _PARTIAL).unlink(missing_ok=True)
+    for sample in samples:
+        if broken := sum(one.broken for one in sample.videos):
+            print(f"note: {sample.id}: broken frames left out of its clip: {broken}", file=sys.stderr)
     if words := _unknown_words(processor, samples):
         print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
     console.print(comparison_table(comparison))
@@ -287,24 +302,28 @@ def _dtype(name: str) -> str:
 
 
 def _samples(
-    images: list[Path], prompt: str | None, dataset: Path | None, questions: int | None, seed: int
-) -> list[Sample]:
+    images: list[Path], prompt: str | None, dataset: Path | None, questions: int | None, seed: int,
+    videos: Sequence[Path] = (), frames: int = DEFAULT_FRAMES,
+) -> list[Sample]:  # fmt: skip
     from foveate.data.inputs import read_image, read_jsonl
     from foveate.data.samples import Sample, from_scenes
+    from foveate.data.video import sample_frames
 
     if dataset is not None:
-        if images or prompt is not None:
+        if images or videos or prompt is not None:
             raise InputError("give either --dataset or --image with --prompt, not both")
-        return read_jsonl(dataset)[:questions]
-    if images:
+        return read_jsonl(dataset, frames)[:questions]
+    if images or videos:
         if prompt is None or not prompt.strip():
-            raise InputError("--image needs --prompt, the question about the picture")
-        return [
-            Sample(images=(read_image(path),), prompt=prompt, answer=None, type=None, id=str(path))
-            for path in dict.fromkeys(images)
+            needs, what = ("--image", "picture") if images else ("--video", "clip")
+            raise InputError(f"{needs} needs --prompt, the question about the {what}")
+        pictures = [Sample((read_image(path),), prompt, id=str(path)) for path in dict.fromkeys(images)]
+        clips = [
+            Sample((), prompt, id=str(path), videos=(sample_frames(path, frames),)) for path in dict.fromkeys(videos)
         ]
+        return pictures + clips
     if prompt is not None:
-        raise InputError("--prompt needs --image, the picture that it asks about")
+        raise InputError("--prompt needs --image or --video, what it asks about")
     return list(from_scenes("test", questions or DEFAULT_QUESTIONS, seed))
 
 
@@ -406,12 +425,38 @@ def _unknown_words(processor: Any, samples: Sequence[Sample], most: int = 5) -> 
 def _seen(processor: Any, picture: Image.Image) -> Image.Image:
     """The picture as the model gets it: resized and cropped by the processor, normalisation undone."""
     import numpy as np
-    from PIL import Image
 
     prepare = processor.image_processor
     pixels = np.asarray(prepare(images=[picture], return_tensors="np")["pixel_values"][0], dtype=np.float64)
+    if pixels.ndim < 3:
+        # Qwen-VL: patches without an order of their own; they are of the whole picture.
+        return picture
     # LLaVA-NeXT: crops before channels; the first is the whole picture.
-    pixels = pixels[0] if pixels.ndim == 4 else pixels
+    return _restored(prepare, pixels[0] if pixels.ndim == 4 else pixels)
+
+
+def _seen_frames(processor: Any, video: Video) -> list[tuple[float, Image.Image]]:
+    """The frames of a clip as the model gets them, with their times; of frames that it joins, the first."""
+    import numpy as np
+    from PIL import Image
+
+    prepare = processor.video_processor
+    made = prepare(videos=[video.frames], do_sample_frames=False, return_tensors="pt")
+    pixels = np.asarray(made["pixel_values_videos"], dtype=np.float64)
+    if pixels.ndim == 5:
+        return [(float(time), _restored(prepare, frame)) for time, frame in zip(video.times, pixels[0])]
+    # Qwen-VL, as above.
+    together = prepare.temporal_patch_size
+    return [
+        (float(time), Image.fromarray(frame)) for time, frame in zip(video.times[::together], video.frames[::together])
+    ]
+
+
+def _restored(prepare: Any, pixels: Any) -> Image.Image:
+    """The picture of which a processor made these pixels (3, H, W), without its normalisation."""
+    import numpy as np
+    from PIL import Image
+
     if getattr(prepare, "do_normalize", False):
         shape = (-1, 1, 1)
         pixels = pixels * np.reshape(prepare.image_std, shape) + np.reshape(prepare.image_mean, shape)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_video import numbers
+from test_video import write as write_video
 
 from foveate.data import inputs
 from foveate.data.inputs import read_image, read_jsonl
@@ -150,3 +152,22 @@ def test_unusable_data_sets(tmp_path: Path, picture: Path, monkeypatch: pytest.M
     monkeypatch.setattr(inputs, "MAX_JSONL_BYTES", 10)
     with pytest.raises(InputError, match="split it"):
         read_jsonl(path)
+
+
+def test_lines_may_name_clips(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    write_video(tmp_path / "a.mkv", range(9), "ffv1")
+    path = write(
+        tmp_path,
+        {"video": "a.mkv", "prompt": "p", "answer": "x"},
+        {"video": ["a.mkv"], "image": "a.png", "prompt": "q"},
+    )
+    first, second = read_jsonl(path, frames=3)
+    assert first.images == () and first.answer == "x" and len(second.images) == 1
+    assert numbers(first.videos[0].frames) == [0, 4, 8] and first.videos[0].times.tolist() == [0, 0.4, 0.8]
+    # A file that several lines name is read once.
+    assert second.videos[0] is first.videos[0]
+    with pytest.raises(InputError, match="'video' must be a file name or a list of them, not 3"):
+        read_jsonl(write(tmp_path, {"video": 3, "prompt": "p"}))
+    with pytest.raises(InputError, match=r":1: .*a\.png: not a video that can be read"):
+        read_jsonl(write(tmp_path, {"video": "a.png", "prompt": "p"}))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from stand_in import questions, tiny
 from stand_in_video import clips, onevision, qwen
 
 import foveate
+from foveate.cli import main
 from foveate.data.samples import Sample, to_inputs
 from foveate.hosts.host import Record
 from foveate.measure.compare import Comparison, compare
@@ -94,6 +98,42 @@ def test_a_model_without_videos_says_so_in_one_line() -> None:
     for ask in (lambda: compare(model, processor, [questions(1)[0], clip]), lambda: to_inputs(processor, [clip])):
         with pytest.raises(InputError, match="sample '0': this model takes no videos, only pictures"):
             ask()
+
+
+def test_the_command_on_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = onevision()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    # Two a second, 2.5 s; the fourth frame of the second file is overwritten.
+    shown = clips(1)[0].videos[0].frames[0]
+    for name in ("whole.avi", "broken.avi"):
+        with av.open(name, "w") as container:
+            stream = container.add_stream("mjpeg", rate=2)
+            stream.height, stream.width, stream.pix_fmt = *shown.shape[:2], "yuvj420p"
+            for k in range(6):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(shown, 8 * k, 1), format="rgb24")))
+            container.mux(stream.encode(None))
+    with av.open("broken.avi") as container:
+        fourth = bytes([*container.demux(video=0)][3])
+    data = bytearray(Path("broken.avi").read_bytes())
+    at = data.index(fourth)
+    data[at : at + len(fourth)] = bytes(len(fourth))
+    Path("broken.avi").write_bytes(data)
+    with pytest.raises(SystemExit) as ended:
+        files = "--video whole.avi --video broken.avi --frames 6"
+        how = "--model model --methods pyramiddrop --keep 0.5 --device cpu"
+        main(["compare", *files.split(), *how.split(), "--prompt", "what leaves ?"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0 and "pyramiddrop" in out
+    assert "note: broken.avi: broken frames left out of its clip: 1" in err and "note: whole.avi" not in err
+    made = Comparison.from_json(Path("foveate-out/comparison.json").read_text())
+    assert made.samples == 2 and {(one.frames, one.grid) for one in made.overlays} == {(6, (3, 3))}
+    times = re.findall(r"<span>([\d.]+) s</span>", Path("foveate-out/report.html").read_text())
+    whole, broken = ([f"{k / 2:.2f}" for k in kept] for kept in ((0, 1, 2, 3, 4, 5), (0, 1, 2, 2, 4, 5)))
+    assert times[:6] in (whole, broken) and times == times[:6] * (len(made.overlays) + 1)
 
 
 def test_bad_samples_with_clips() -> None:
