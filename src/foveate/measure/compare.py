@@ -189,12 +189,8 @@ def compare(
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InputError(f"budgets must be in (0, 1], not {budget!r}")
-    host = adapt(model)
+    host = host_for(model, samples, "compare")
     shape = host.shape
-    if not isinstance(host, VisionLanguageHost):
-        raise InputError(f"compare needs a vision-language model; {type(model).__name__} has no language model")
-    if "video" not in host.modalities and (moving := next((one for one in samples if one.videos), None)):
-        raise InputError(f"{called(moving)}: {NO_VIDEOS}")
     planned = _plan(model, shape, methods, baselines, budgets)
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     new_tokens = answer_length(processor, samples) if max_new_tokens is None else max_new_tokens
@@ -222,6 +218,16 @@ def compare(
     choice, why = choose(rows)
     surroundings = environment(model.device, model.dtype, seed) | {"processes": processes, "batch_size": batch_size}
     return Comparison(rows, surroundings, len(samples), choice, why, overlays, bench.shown)
+
+
+def host_for(model: Any, samples: Sequence[Sample], command: str) -> VisionLanguageHost:
+    """The adapter of a model that answers such samples; InputError, in the name of a command, for any other model."""
+    host = adapt(model)
+    if not isinstance(host, VisionLanguageHost):
+        raise InputError(f"{command} needs a vision-language model; {type(model).__name__} has no language model")
+    if "video" not in host.modalities and (moving := next((one for one in samples if one.videos), None)):
+        raise InputError(f"{called(moving)}: {NO_VIDEOS}")
+    return host
 
 
 def candidates(family: str = "hf-vlm", baselines: bool = False) -> tuple[str, ...]:

@@ -25,8 +25,7 @@ import torch
 from foveate.apply import apply
 from foveate.configuration import describe, release, save
 from foveate.data.samples import Sample
-from foveate.hosts import adapt
-from foveate.measure.compare import Progress, candidates
+from foveate.measure.compare import Progress, candidates, host_for
 from foveate.measure.prefill import Prefill
 from foveate.measure.quality import Answered, Batches, answer, answer_length, score
 from foveate.method import HostShape, InputError, Method, method_class, within
@@ -216,11 +215,11 @@ def tune(
     """
     if not samples:
         raise InputError("there are no samples to tune on")
-    shape = adapt(model).shape
-    if not shape.llm_layers:
-        raise InputError(f"tune needs a vision-language model; {type(model).__name__} has no language model")
+    shape = host_for(model, samples, "tune").shape
     for budget in (*budgets, *stack_budgets):
         within("a budget", budget, "(0, 1]")
+    # Before they are shuffled: `compare` counts on the same one.
+    prefill = Prefill(model, processor, samples)
     # The first samples of a file are often of one kind; those of a rung should be like all.
     order = random.Random(seed).sample(range(len(samples)), len(samples))
     samples = [samples[index] for index in order]
@@ -238,7 +237,7 @@ def tune(
         "foveate": release(),
     }
     log = _Log(Path(folder) / TRIALS, run, on_trial)
-    search = _Search(model, processor, samples, goal, log, steps, batch_size, new_tokens, on_progress)
+    search = _Search(model, processor, samples, prefill, goal, log, steps, batch_size, new_tokens, on_progress)
     training = model.training
     model.eval()
     try:
@@ -430,12 +429,11 @@ class _Search:
     """One search on one model."""
 
     def __init__(
-        self, model: Any, processor: Any, samples: Sequence[Sample], goal: Goal, log: _Log, steps: Sequence[int],
-        batch_size: int, new_tokens: int, on_progress: Progress | None,
+        self, model: Any, processor: Any, samples: Sequence[Sample], prefill: Prefill, goal: Goal, log: _Log,
+        steps: Sequence[int], batch_size: int, new_tokens: int, on_progress: Progress | None,
     ) -> None:  # fmt: skip
         self.model, self.processor, self.samples, self.goal, self.log = model, processor, samples, goal, log
-        self.steps, self.batch_size, self.new_tokens = steps, batch_size, new_tokens
-        self.prefill = Prefill(model, processor, samples)
+        self.prefill, self.steps, self.batch_size, self.new_tokens = prefill, steps, batch_size, new_tokens
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.longest = None if room is None else room - new_tokens
         self.on_progress: Progress = on_progress or (lambda done, total, text: None)
@@ -641,6 +639,9 @@ def _samples_digest(samples: Sequence[Sample]) -> str:
         for image in one.images:
             digest.update(f"{image.mode}{image.size}".encode())
             digest.update(image.tobytes())
+        for video in one.videos:
+            digest.update(str(video.frames.shape).encode())
+            digest.update(video.frames.tobytes())
     return digest.hexdigest()[:16]
 
 
