@@ -1,4 +1,4 @@
-"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe` (cli_probe.py).
+"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe` (cli_probe.py), `tune` (cli_tune.py).
 
 Whatever the user gave and cannot be used ends with one line on stderr and exit code 2; an interruption with 130. Any
 other exception is a bug and keeps its traceback. What is slow to import is imported by the command that needs it.
@@ -26,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate import cli_probe
+from foveate import cli_probe, cli_tune
+from foveate.configuration import is_file, load_configuration
 from foveate.method import (
     STAGES,
     InputError,
@@ -67,6 +68,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_probe.app, name="probe")
+app.command()(cli_tune.tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,8 +160,8 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated names (see `foveate methods`), or all. Without it: four on the shipped model and "
-            "scenes, so that it takes minutes; otherwise all."
+            help="Comma-separated names (see `foveate methods`) and configuration files (FILE.json), or all. Without "
+            "it: four on the shipped model and scenes, so that it takes minutes; otherwise all."
         ),
     ] = None,
     keep: Annotated[
@@ -277,13 +279,15 @@ def _budgets(text: str) -> tuple[float, ...]:
 
 
 def _method_names(text: str | None) -> Sequence[str] | None:
-    """The methods that are named; None for all."""
+    """The methods and configuration files that are named; None for all."""
     if text is None or text.strip() == ALL:
         return None
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise InputError("--methods: no name given; `foveate methods` lists them")
-    chosen = list(dict.fromkeys(name for name in names if not method_class(name).card.baseline))
+    chosen = list(dict.fromkeys(name for name in names if is_file(name) or not method_class(name).card.baseline))
+    for name in filter(is_file, chosen):
+        load_configuration(name)
     if not chosen:
         raise InputError("--methods names baselines only, which always run; name a method to compare with them")
     return chosen
