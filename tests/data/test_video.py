@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
@@ -204,6 +205,22 @@ def test_memory_is_that_of_the_frames_asked_for(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < many * one + 300_000 < 300 * one / 10
+
+
+def test_frames_that_were_read_are_gone(tmp_path: Path) -> None:
+    """A reference cycle would keep them until the garbage collector comes, some hundred frames later."""
+    file = write(tmp_path / "a.mp4", range(50), "mpeg4")
+    gc.collect()
+    gc.disable()
+    try:
+        frames = iter(stream(file, 10))
+        for _ in range(45):
+            next(frames)
+        living = sum(type(one) is av.VideoFrame for one in gc.get_objects())
+    finally:
+        gc.enable()
+    # Of those at work, the first, whose display matrix was read, and none of the forty others.
+    assert 1 <= living <= 8
 
 
 def sound(file: Path) -> Path:

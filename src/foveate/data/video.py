@@ -91,8 +91,9 @@ def probe(path: str | Path) -> VideoInfo:
         stream = _video_stream(container, path)
         duration, frames, rate = _duration(container, stream), stream.frames or None, stream.average_rate
         _check_duration(path, duration or 0.0)
-    _, frame = next(iter(_Decoded(path)))
-    height, width = _upright(frame, None, None).shape[:2]
+    decoded = _Decoded(path)
+    _, frame = next(iter(decoded))
+    height, width = _upright(frame, decoded.matrix).shape[:2]
     return VideoInfo(width, height, duration, frames, None if rate is None else float(rate))
 
 
@@ -142,7 +143,7 @@ def frames_at(
     last: VideoFrame | None = None
     for time, frame in _nearest(decoded, times):
         if frame is not last:
-            picture = _upright(frame, short, long)
+            picture = _upright(frame, decoded.matrix, short, long)
             if picture.shape[0] * picture.shape[1] * len(times) > MAX_SAMPLED_PIXELS:
                 raise InputError(
                     f"{path}: {len(times)} frames of {picture.shape[1]} x {picture.shape[0]} are more than "
@@ -192,7 +193,7 @@ class Stream:
         last: VideoFrame | None = None
         for time, frame in pairs:
             if frame is not last:
-                picture = _upright(frame, None, None)
+                picture = _upright(frame, decoded.matrix)
             last = frame
             yield Frame(time, picture)
 
@@ -203,10 +204,16 @@ def stream(path: str | Path, rate: float | None = None) -> Stream:
 
 
 class _Decoded:
-    """Iterates over (seconds, frame) in the order of showing; `broken` counts the frames that were left out."""
+    """Iterates over (seconds, frame) in the order of showing.
+
+    Attributes:
+        broken: how many frames were left out.
+        matrix: a, b, c, d of the display matrix, by which (x, y) goes to (a x + c y, b x + d y).
+    """
 
     def __init__(self, path: Path, start: float | None = None, most: int = MAX_FRAMES) -> None:
         self.path, self.start, self.most, self.broken = path, start, most, 0
+        self.matrix = (1, 0, 0, 1)
 
     def __iter__(self) -> Iterator[tuple[float, VideoFrame]]:
         self.broken, now = 0, 0.0
@@ -226,6 +233,9 @@ class _Decoded:
                 # Some raw streams have no times; and no frame is shown before the one that it follows.
                 now = max(now, number / rate if frame.pts is None else (frame.pts - begin) * base)
                 _check_duration(self.path, now)
+                if number == 0:
+                    # Asked of the first only: a frame whose side data was read stays until the garbage collector comes.
+                    self.matrix = _display_matrix(frame)
                 yield now, frame
         if number < 0:
             raise InputError(f"{self.path}: no frame of its video can be decoded")
@@ -363,24 +373,30 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or one_line(error))
 
 
-def _upright(frame: VideoFrame, short: int | None, long: int | None) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB, scaled as `frames_at` says."""
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """a, b, c, d; see `_Decoded`."""
     from av.sidedata.sidedata import Type
 
-    width, height = frame.width, frame.height
-    scale = min((short or min(width, height)) / min(width, height), (long or max(width, height)) / max(width, height))
-    pixels = frame.to_ndarray(
-        format="rgb24", width=max(1, round(width * scale)), height=max(1, round(height * scale))
-    )  # fmt: skip
     side_data: Any = frame.side_data
     matrix = side_data.get(Type.DISPLAYMATRIX)
-    if matrix is not None:
-        # x' = a x + c y, y' = b x + d y, the rest of the matrix is a shift; in file order a b _ c d.
-        a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            pixels, a, d = pixels.transpose(1, 0, 2), c, b
-        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-    return np.ascontiguousarray(pixels, dtype=np.uint8)
+    if matrix is None:
+        return 1, 0, 0, 1
+    # In the file's order a b _ c d; what follows is a shift.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _upright(
+    frame: VideoFrame, matrix: tuple[int, int, int, int], short: int | None = None, long: int | None = None
+) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB, turned by whole right angles and mirrored, scaled as `frames_at` says."""
+    width, height = frame.width, frame.height
+    scale = min((short or min(width, height)) / min(width, height), (long or max(width, height)) / max(width, height))
+    pixels = frame.to_ndarray(format="rgb24", width=max(1, round(width * scale)), height=max(1, round(height * scale)))
+    a, b, c, d = matrix
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], dtype=np.uint8)
 
 
 def _resized(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
