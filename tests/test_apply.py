@@ -58,7 +58,7 @@ def test_nothing_is_left_of_an_attempt_that_fails() -> None:
     model = vlm()
     wrong = probe("vision.output", lambda tokens, at: tokens.mask(), reads=("vision.attention[99]",))
     before = sum(len(module._forward_pre_hooks) for module in model.modules())
-    with pytest.raises(IndexError):
+    with pytest.raises(foveate.InputError, match="layer 99 of 5"):
         foveate.apply(model, wrong)
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == before
     foveate.apply(model, "fopru").remove()

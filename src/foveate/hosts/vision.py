@@ -133,7 +133,12 @@ class Encoder:
         return (*pixels, "vision.patches", "vision.layer", "vision.mlp", "vision.output")
 
     def hook(self, reads: set[int]) -> None:
-        """Registers what the host's plan needs; `reads` are the layers whose attention is asked for."""
+        """Registers what the host's plan needs; `reads` are the layers whose attention is asked for.
+
+        Raises InputError for a layer that there is none of.
+        """
+        if not reads <= set(range(self.layers)):
+            raise InputError(f"a method reads the attention of encoder layer {max(reads)} of {self.layers}, from 0 on")
         plan, host = self.host.plan, self.host
         host.pre(self.tower, self._begin)
         for index, block in enumerate(self.blocks):
@@ -460,8 +465,10 @@ class VisionHost(Host):
             if kind == "vision"
         }  # fmt: skip
         self.pre(self.encoder.tower, self._forget)
-        self.encoder.hook(reads)
+        # Before the encoder's own: of hooks on one module the last comes first, and the output is what a layer really
+        # made, once the encoder has put it right.
         self.post(self.encoder.final, self._output)
+        self.encoder.hook(reads)
 
     def _forget(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.trace.clear()
