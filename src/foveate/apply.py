@@ -69,7 +69,7 @@ def apply(model: nn.Module, method: str | Method | Sequence[str | Method], **set
     """Puts one method, or several whose stages do not clash, to work on a model at once.
 
     Args:
-        model: a supported model: LLaVA, LLaVA-NeXT, CLIP, SigLIP, ViT, DINOv2 of transformers, timm's ViT.
+        model: a supported model, by its class; `foveate.hosts.SUPPORTED` lists them.
         method: a registered name, a configuration file (a name that ends in ".json", see `foveate.configuration`), an
             instance, or a list of these.
         settings: the method's keyword arguments, with a single name only.

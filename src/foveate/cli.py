@@ -609,7 +609,7 @@ def verify(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="What to train: tiny-llava, tiny-vit.")],
+    name: Annotated[str, typer.Argument(help="What to train: tiny-vit, tiny-llava, tiny-onevision, evad.")],
     out: Annotated[Path | None, typer.Option(help="Folder for weights, metrics and checkpoints [runs/NAME].")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     settings: Annotated[
