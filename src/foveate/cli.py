@@ -612,6 +612,7 @@ def train(
     name: Annotated[str, typer.Argument(help="What to train: tiny-vit, tiny-llava, tiny-onevision, evad.")],
     out: Annotated[Path | None, typer.Option(help="Folder for weights, metrics and checkpoints [runs/NAME].")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    config: Annotated[str | None, typer.Option(help="Of recipes with several sizes: the name of one.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe; may be repeated.")
     ] = None,
@@ -627,6 +628,8 @@ def train(
         raise InputError(f"nothing to train is called {name!r}; {did_you_mean(name, recipes.names())}")
     folder = check_folder(Path("runs") / name if out is None else out)
     overrides = dict(_setting(text) for text in settings or ())
+    if config is not None:
+        overrides["config"] = config
     recipes.run(name, out=folder, seed=seed, resume=not fresh, smoke=smoke, **overrides)
 
 

@@ -18,7 +18,7 @@ from foveate.data.ava import from_clip
 from foveate.data.scenes import ACTIONS, Clips
 from foveate.method import InputError
 from foveate.methods.video.evad import EvadDetector, Found, normalised
-from foveate.train.evad import EvadRecipe, EvadSettings, evaluate
+from foveate.train.evad import VARIANTS, EvadRecipe, EvadSettings, evaluate
 
 
 def recipe(**overrides: Any) -> EvadRecipe:
@@ -41,12 +41,22 @@ def test_batches_are_clips_and_processes_share_them() -> None:
 
 
 def test_the_loss_is_the_detectors() -> None:
-    made = recipe()
+    made = recipe(vary=False)
     batch = made.batch(0, 0, 1)
     loss, parts = made.loss(made.model, batch)
     found = made.detector(normalised(batch["clip"]))
     wanted, _ = made.detector.loss(found, batch["boxes"], batch["labels"], batch["present"])
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5) and set(parts) == {"person", "l1", "giou", "action"}
+
+
+def test_every_step_has_the_next_dropout_and_the_model_keeps_its_own() -> None:
+    made = recipe(keep=0.6)
+    for step in (0, 1, 4, 6, len(VARIANTS) + 2):
+        made.loss(made.model, made.batch(step, 0, 1))
+        wanted = {"keep": 0.6, "select": "attention", "protect_keyframe": True} | VARIANTS[step % len(VARIANTS)]
+        used = made.detector.dropout.hyperparameters()
+        assert {name: used[name] for name in wanted} == wanted
+    assert made.model.dropout.keep == 0.6
 
 
 def test_rates() -> None:
@@ -102,8 +112,8 @@ def test_figures_of_a_detector_that_knows() -> None:
 
 def test_smoke(tmp_path: Path) -> None:
     metrics = train.run("evad", out=tmp_path, smoke=True, threads=1)
-    assert set(metrics["by_keep"]) == {"1.0", "0.7", "0.5"} and metrics["clips"] == 6
-    assert all(0 <= one["frame_map"] <= 1 for one in metrics["by_keep"].values())
+    assert [one["dropout"] for one in metrics["by_dropout"]] == list(VARIANTS) and metrics["clips"] == 6
+    assert all(0 <= one["frame_map"] <= 1 for one in metrics["by_dropout"])
     assert json.loads((tmp_path / "labels.json").read_text()) == list(ACTIONS)
     model = EvadDetector.from_pretrained(tmp_path)
     assert model.classes == 12 and model.dropout.keep == 0.7 and len(model.backbone.encoder.layer) == 4
