@@ -47,7 +47,7 @@ class EvadSettings(Settings):
         head_rate: learning rate of heads and decoder in multiples of `lr` (the paper, fine-tuning: 8).
     """
 
-    steps: int = 6000
+    steps: int = 5000
     batch: int = 16
     lr: float = 5e-4
     warmup: int = 300
