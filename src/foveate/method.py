@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from foveate.nn.attention import Attention
+    from foveate.tokens import Tokens
 
 KINDS = ("reduce", "connect", "tokenize", "image", "video", "decode", "diffuse", "guide", "learn", "probe", "sequence")
 
@@ -436,6 +437,22 @@ def at_depth(name: str, value: int | float, layers: int, least: int = 0) -> int:
     if not least <= layer < layers:
         raise InputError(f"{name}: {value!r} is layer {layer}; on this host it can be {least}..{layers - 1}")
     return layer
+
+
+def equal_counts(slug: str, tokens: Tokens, at: Stage) -> None:
+    """Raises an InputError that says why where rows of the batch have places without a token, so that counts differ."""
+    if tokens.valid is None:
+        return
+    entered = at.entered.tolist()
+    if min(entered) < max(entered):
+        # LLaVA-OneVision: a resampled picture's thumbnail is whole, and its blocks of cells are smaller.
+        why = (
+            f"here the host itself made {min(entered)} to {max(entered)} of pictures whose crops it resampled; "
+            "with a higher anyres_max in the config's vision_aspect_ratio it does not"
+        )
+    else:
+        why = "another method dropped some before; let none act before it"
+    raise InputError(f"{slug} takes crops with equal numbers of tokens: {why}")
 
 
 def floor_share(count: Tensor, ratio: float, least: int = 1) -> Tensor:

@@ -172,7 +172,7 @@ def test_limits_are_exact_for_decimal_shares() -> None:
         for partitions in range(2, 12):
             whole = int(partitions * 100 * Fraction(str(keep)))
             thumbnail = min(int(Fraction("0.3") * whole), 100)
-            assert HiRed(keep=keep, alpha=0.3).limits(partitions, 100) == (
+            assert HiRed(keep=keep, alpha=0.3).limits(100 * partitions, 100) == (
                 whole, thumbnail, min(whole - thumbnail, (partitions - 1) * 100),
             )  # fmt: skip
 
@@ -330,3 +330,22 @@ def test_a_shorter_encoder_is_dealt_out_by_what_is_left() -> None:
     first = attention(3, 8)[0].double()
     share = float(first[:4].sum() / first.sum())
     assert [len(one) for one in numbers(ours)] == [6, int(6 * share), int(6 * (1 - share))]
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.4, 0.8])
+@torch.no_grad()
+def test_a_resampled_picture_spends_no_more_than_it_has(keep: float) -> None:
+    """OneVision makes 5 x 5 cells of 2 x 2 crops: blocks of 9, 6, 6 and 4 tokens beside a thumbnail of 16."""
+    host = vlm("onevision", vision_aspect_ratio="anyres_max_2")
+    given = prompt(host, [(2, 6)], sizes=[(30, 30)])
+    first = eager_vision(host, given["pixel_values"][0]).attentions[0][0].double().mean((0, 1)).reshape(4, 4)
+    whole = int(41 * Fraction(str(keep)))
+    thumbnail = min(whole // 2, 16)
+    quarters = [first[y : y + 2, x : x + 2].sum() / first.sum() for y in (0, 2) for x in (0, 2)]
+    rest = whole - thumbnail
+    wanted = [thumbnail, *(min(int(rest * one), held) for one, held in zip(quarters, (9, 6, 6, 4)))]
+    with foveate.apply(host, HiRed(keep=keep)) as applied:
+        host(**given)
+        record = next(one for one in applied.trace if one.stage == "vision.output")
+    assert record.tokens_in == (16, 9, 6, 6, 4)
+    assert list(record.tokens_out) == wanted and sum(record.tokens_out) <= whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -244,5 +245,5 @@ def test_settings_that_make_no_sense() -> None:
 def test_different_numbers_are_refused() -> None:
     tokens = numbered(2).keep(torch.tensor([[0, 1, 2], [3, 4, -1]]))
     assert isinstance(tokens, Tokens)
-    with pytest.raises(InputError, match="equal numbers"):
-        ToMe(r=1).merge(tokens, stage(tokens, name="vision.mlp", layer=0))
+    with pytest.raises(InputError, match="another method dropped some before"):
+        ToMe(r=1).merge(tokens, replace(stage(tokens, name="vision.mlp", layer=0), entered=torch.tensor([16, 16])))

@@ -9,13 +9,13 @@ from foveate.method import (
     Card,
     Claim,
     HostShape,
-    InputError,
     Method,
     Stage,
     at,
     at_depth,
     choice,
     depth,
+    equal_counts,
     floor_share,
     register,
     share,
@@ -149,15 +149,14 @@ class Aim(Method):
 
     @at("vision.output")
     def merge_by_keys(self, tokens: Tokens, at: Stage) -> Tokens:
-        return self._merge(tokens, at.signals.keys(at.host.vision_layers - 1))
+        return self._merge(tokens, at, at.signals.keys(at.host.vision_layers - 1))
 
     @at("projector")
     def merge_by_features(self, tokens: Tokens, at: Stage) -> Tokens:
-        return self._merge(tokens, tokens.x)
+        return self._merge(tokens, at, tokens.x)
 
-    def _merge(self, tokens: Tokens, metric: Tensor) -> Tokens:
-        if tokens.valid is not None:
-            raise InputError("aim merges crops with equal numbers of tokens; let no other method act before it")
+    def _merge(self, tokens: Tokens, at: Stage, metric: Tensor) -> Tokens:
+        equal_counts(self.card.slug, tokens, at)
         target = merged_count(tokens.x.shape[1], self.keep)
         while (surplus := tokens.x.shape[1] - target) > 0:
             into = partners(metric, surplus, "place" if self.order == "spatial" else "similarity")

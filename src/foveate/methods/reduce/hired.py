@@ -53,7 +53,7 @@ class HiRed(Method):
         *(
             Claim(
                 f"tokens of 5 partitions at most, keep = {keep}", "value", figure, "card", tolerance=0,
-                settings={"keep": keep}, value=lambda hired: hired.limits(5, 576)[0],
+                settings={"keep": keep}, value=lambda hired: hired.limits(2880, 576)[0],
             )
             for keep, figure in ((0.2, 576), (0.4, 1152), (0.1, 288))
         ),
@@ -63,8 +63,8 @@ class HiRed(Method):
                 value=value,
             )
             for part, value, figures in (
-                ("thumbnail", lambda hired: hired.limits(5, 576)[1], (288, 576, 144)),
-                ("crops", lambda hired: hired.limits(5, 576)[2], (288, 576, 144)),
+                ("thumbnail", lambda hired: hired.limits(2880, 576)[1], (288, 576, 144)),
+                ("crops", lambda hired: hired.limits(2880, 576)[2], (288, 576, 144)),
             )
             for keep, figure in zip((0.2, 0.4, 0.1), figures)
         ),
@@ -102,8 +102,9 @@ class HiRed(Method):
 
     @at("vision.output")
     def drop(self, tokens: Tokens, at: Stage) -> Tokens:
-        pictures, patches = at.signals.crops(), tokens.x.shape[1]
-        first = None if all(picture.single for picture in pictures) else _attended(0, at)
+        # Rows need not have the same number of tokens: the blocks of a resampled picture (LLaVA-OneVision) differ.
+        pictures, present = at.signals.crops(), tokens.mask()
+        first = None if all(picture.single for picture in pictures) else _attended(0, at) * present
         budget = floor_share(tokens.count, self.keep)
         for picture in pictures:
             if first is None or picture.single:
@@ -111,15 +112,21 @@ class HiRed(Method):
             thumbnail, crops = picture.rows.start, slice(picture.rows.start + 1, picture.rows.stop)
             region = self.region(tokens.position[thumbnail], at.signals.grid(), picture.grid)
             scores = self.crop_scores(first[thumbnail], region, picture.grid)
-            _, budget[thumbnail], left = self.limits(1 + len(scores), patches)
-            budget[crops] = (left * scores / scores.sum() + 1e-9).long().clamp(max=patches)
+            there = tokens.count[picture.rows]
+            _, budget[thumbnail], left = self.limits(int(there.sum()), int(there[0]))
+            budget[crops] = (left * scores / scores.sum() + 1e-9).long().minimum(there[1:])
         return tokens.keep(topk_in_order(_attended(at.host.feature_layer, at), budget, tokens.valid))
 
-    def limits(self, partitions: int, patches: int) -> tuple[int, int, int]:
-        """(N, N_0, N_sub): tokens in all, of the thumbnail and of all crops, with M `patches` in each partition."""
-        whole = _floor(partitions * patches * self.keep)
-        thumbnail = min(_floor(self.alpha * whole), patches)
-        return whole, thumbnail, min(whole - thumbnail, (partitions - 1) * patches)
+    def limits(self, patches: int, thumbnail: int) -> tuple[int, int, int]:
+        """(N, N_0, N_sub): tokens in all, of the thumbnail and of all crops.
+
+        Args:
+            patches: of all partitions together, P M where each has M.
+            thumbnail: how many of these are the thumbnail's.
+        """
+        whole = _floor(patches * self.keep)
+        first = min(_floor(self.alpha * whole), thumbnail)
+        return whole, first, min(whole - first, patches - thumbnail)
 
     def region(self, position: Tensor, grid: tuple[int, int], crops: tuple[int, int]) -> Tensor:
         """(M,) long: the crop, counted row by row, that shows each patch of the thumbnail.

@@ -6,7 +6,20 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, share, whole
+from foveate.method import (
+    Card,
+    Claim,
+    HostShape,
+    InputError,
+    Method,
+    Stage,
+    at,
+    choice,
+    equal_counts,
+    register,
+    share,
+    whole,
+)
 from foveate.nn.matching import partners
 from foveate.tokens import Tokens
 
@@ -144,8 +157,7 @@ class ToMe(Method):
         r = self.merges(layers)[at.layer] if at.layer < layers else 0
         if r == 0 or tokens.x.shape[1] < 2:
             return tokens
-        if tokens.valid is not None:
-            raise InputError("tome merges pictures with equal numbers of tokens; let no other method act before it")
+        equal_counts(self.card.slug, tokens, at)
         attention = at.signals.attention(at.layer)
         keys = attention.key.mean(1)
         keys = keys.gather(1, attention.visual.unsqueeze(-1).expand(-1, -1, keys.shape[2]))

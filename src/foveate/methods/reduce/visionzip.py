@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, register, share, whole, within
+from foveate.method import Card, Claim, HostShape, Method, Stage, at, equal_counts, register, share, whole, within
 from foveate.tokens import Tokens, compact, topk_in_order
 
 
@@ -85,8 +85,7 @@ class VisionZip(Method):
         dominant, contextual = self.split(tokens.x.shape[1])
         if dominant == tokens.x.shape[1]:
             return tokens
-        if tokens.valid is not None:
-            raise InputError("visionzip zips crops with equal numbers of tokens; let no other method act before it")
+        equal_counts(self.card.slug, tokens, at)
         layer = at.host.feature_layer
         score = at.signals.cls_attention(layer) if at.host.class_token else at.signals.received(layer)
         chosen = topk_in_order(score, dominant)
