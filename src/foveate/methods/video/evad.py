@@ -585,7 +585,11 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def detect(self, pixels: Tensor, size: Tensor | None = None, threshold: float = 0.7) -> list[Found]:
         """What `forward` finds, for each clip: proposals that are a person with at least `threshold`; where there are
         none, all of them. No suppression of overlaps; action scores are not multiplied with the person's."""
-        found = self(pixels, size)
+        return self.persons(self(pixels, size), threshold)
+
+    @staticmethod
+    def persons(found: Detections, threshold: float = 0.7) -> list[Found]:
+        """What `detect` says of what `forward` found."""
         results = []
         for person, boxes, actions, (height, width) in zip(
             found.person[-1].softmax(-1)[..., 0], found.boxes[-1], found.actions[-1], found.size.tolist()
