@@ -1,6 +1,8 @@
-"""Accuracy against FLOPs of every method and baseline on the zoo's tiny-llava and held-out scenes.
+"""Accuracy against FLOPs of every method and baseline on a model of the zoo and held-out scenes.
 
-Writes benchmarks/results/quality_curve.json and docs/quality-cost.png and .svg.
+Of tiny-llava, with benchmarks/results/quality_curve.json and docs/quality-cost.png and .svg; of tiny-onevision by
+--model src/foveate/zoo/tiny-onevision --count 1000 --clips 1000 --result quality_curve_onevision
+--figure docs/quality-cost-onevision.png
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from llava_shaped import write, write_bytes
 from matplotlib.figure import Figure
 
-from foveate.data.samples import from_scenes
+from foveate.data.samples import from_scene_clips, from_scenes
 from foveate.measure.compare import Comparison, Row, candidates, compare
 
 _ROOT = Path(__file__).parent.parent
@@ -27,7 +29,9 @@ _COLOURS = [f"C{number}" for number in range(10) if number != 7]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=_ROOT / "src/foveate/zoo/tiny-llava")
-    parser.add_argument("--count", type=int, default=2000, help="questions")
+    parser.add_argument("--count", type=int, default=2000, help="questions about pictures")
+    parser.add_argument("--clips", type=int, default=0, help="questions about clips")
+    parser.add_argument("--result", default="quality_curve", help="name of the JSON file")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
     parser.add_argument("--methods", nargs="+", default=list(candidates()))
     parser.add_argument("--batch-size", type=int, default=32)
@@ -41,14 +45,17 @@ def main() -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(options.model, local_files_only=True).eval()
     processor = AutoProcessor.from_pretrained(options.model, local_files_only=True)
+    samples = from_scenes("test", options.count, options.seed)
+    if options.clips:
+        samples += from_scene_clips("test", options.clips, options.seed)
     comparison = compare(
-        model, processor, from_scenes("test", options.count, options.seed), options.methods, budgets=options.budgets,
+        model, processor, samples, options.methods, budgets=options.budgets,
         batch_size=options.batch_size, timing_pairs=options.pairs, seed=options.seed, on_row=_tell,
     )  # fmt: skip
     results: dict[str, Any] = json.loads(comparison.to_json())
     # Thousands of numbers that no figure shows.
     del results["overlays"]
-    write("quality_curve", options, {"comparison": results})
+    write(options.result, options, {"comparison": results})
     figure = draw(comparison)
     for suffix in (".png", ".svg"):
         file = io.BytesIO()

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.data.scenes import held_out_questions
+from foveate.data.scenes import held_out_clip_questions, held_out_questions
+from foveate.data.video import Video
 from foveate.method import InputError
 
-if TYPE_CHECKING:
-    from foveate.data.video import Video
-
 NO_VIDEOS = "this model takes no videos, only pictures; LLaVA-OneVision and Qwen2-VL do"
+_CLIP = 16
+"""Frames of a scene's clip."""
 _KINDS = {"image": "pictures", "video": "videos"}
 
 
@@ -57,6 +58,29 @@ def from_scenes(split: str = "test", count: int = 256, seed: int = 0) -> list[Sa
         asked[one.index] += 1
         id = f"scenes/{split}/{seed}/{one.index}/{asked[one.index]}"
         samples.append(Sample((Image.fromarray(one.image),), one.prompt, one.answer, one.type, id))
+    return samples
+
+
+def from_scene_clips(split: str = "test", count: int = 256, seed: int = 0, frames: int = 8) -> list[Sample]:
+    """`count` questions about scenes' clips of 16 frames, `frames` of which are given, evenly from the first to the
+    last; InputError for a bad split, count, seed or number of frames.
+
+    The id is "clips/SPLIT/SEED/CLIP/QUESTION". A clip is taken to last a second.
+    """
+    if not 1 <= frames <= _CLIP:
+        raise InputError(f"frames must be 1..{_CLIP}, not {frames}")
+    try:
+        questions = held_out_clip_questions(split, count, seed, frames=_CLIP)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    shown = np.linspace(0, _CLIP - 1, frames).round().astype(int)
+    asked: Counter[int] = Counter()
+    samples = []
+    for one in questions:
+        asked[one.index] += 1
+        id = f"clips/{split}/{seed}/{one.index}/{asked[one.index]}"
+        video = Video(one.frames[shown], shown / (_CLIP - 1))
+        samples.append(Sample((), one.prompt, one.answer, one.type, id, (video,)))
     return samples
 
 
