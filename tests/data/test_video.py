@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from foveate.data import video
-from foveate.data.video import frames_at, probe, sample_frames, stream
+from foveate.data.video import Sound, Windows, frames_at, probe, sample_frames, stream
 from foveate.method import InputError
 
 
@@ -119,18 +119,34 @@ MATRICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MATRICES)
-def test_frames_are_upright(tmp_path: Path, name: str) -> None:
-    corners = np.zeros((32, 48, 3), np.uint8)
-    corners[:16, :24], corners[:16, 24:], corners[16:, :24] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
-    file = write(tmp_path / "a.mp4", range(2), "mjpeg", picture=corners)
-    a, b, c, d = MATRICES[name]
+def turn(file: Path, matrix: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Writes the display matrix into an MP4."""
+    a, b, c, d = matrix
     data = bytearray(file.read_bytes())
     # Of the track's header: version and flags, times, number, duration, layer, group and volume are before the matrix.
     place = data.index(b"tkhd") + 4 + 40
     for k, one in enumerate((a, b, 0, c, d)):
         data[place + 4 * k : place + 4 * k + 4] = (one * 65536).to_bytes(4, "big", signed=True)
     file.write_bytes(data)
+    return matrix
+
+
+def spoil(file: Path, number: int) -> None:
+    """Zeros in the place of one packet."""
+    data = bytearray(file.read_bytes())
+    with av.open(str(file)) as container:
+        packet = bytes([*container.demux(video=0)][number])
+    at = data.index(packet)
+    data[at : at + len(packet)] = bytes(len(packet))
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_frames_are_upright(tmp_path: Path, name: str) -> None:
+    corners = np.zeros((32, 48, 3), np.uint8)
+    corners[:16, :24], corners[:16, 24:], corners[16:, :24] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
+    file = write(tmp_path / "a.mp4", range(2), "mjpeg", picture=corners)
+    a, b, c, d = turn(file, MATRICES[name])
     found = sample_frames(file, 1).frames[0]
     # The matrix as the file format defines it: (x, y) goes to (a x + c y, b x + d y), shifted into the picture.
     xs, ys = [a * x + c * y for y in (0, 31) for x in (0, 47)], [b * x + d * y for y in (0, 31) for x in (0, 47)]
@@ -181,12 +197,7 @@ def test_a_file_with_an_index_tells_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_broken_frame_is_left_out_and_counted(tmp_path: Path) -> None:
     file = write(tmp_path / "a.mkv", range(10), "mjpeg")
-    data = bytearray(file.read_bytes())
-    with av.open(str(file)) as container:
-        fourth = bytes([*container.demux(video=0)][4])
-    at = data.index(fourth)
-    data[at : at + len(fourth)] = bytes(len(fourth))
-    file.write_bytes(data)
+    spoil(file, 4)
     frames = stream(file)
     assert frames.broken == 0
     assert [number(one.pixels) for one in frames] == [0, 1, 2, 3, 5, 6, 7, 8, 9] and frames.broken == 1
@@ -284,3 +295,88 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "MAX_SAMPLED_PIXELS", 48 * 32 * 2)
     with pytest.raises(InputError, match="3 frames of 48 x 32 are more than 3,072 pixels"):
         frames_at(file, [0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("every", [0.3, 0.75, 5.0])
+@pytest.mark.parametrize(
+    "ticks", [range(33), [0, 1, 2, 3, 11, 12, 30, 31, 32, 33, 60], [0], [4, 5]], ids=["even", "variable", "one", "two"]
+)
+def test_windows_are_the_clips_around_keyframes(tmp_path: Path, ticks: Sequence[int], every: float) -> None:
+    file = write(tmp_path / "a.mkv", ticks, "ffv1", size=(40, 24))
+    steps = [-0.55, -0.2, 0.0, 0.13, 0.6]
+    windows = Windows(file, steps, every, short=12, long=18)
+    found = list(windows)
+    end = (ticks[-1] - ticks[0]) / 10
+    assert [one.time for one in found] == pytest.approx([k * every for k in range(int(end / every + 1e-6) + 1)])
+    for one in found:
+        wanted = frames_at(file, [one.time + step for step in steps], short=12, long=18)
+        assert np.array_equal(one.clip, wanted.frames) and np.array_equal(one.times, wanted.times)
+        assert one.size == (40, 24) and one.clip.shape == (5, 11, 18, 3)
+    assert windows.broken == 0 and windows.now == pytest.approx(end, abs=1e-3)
+
+
+def test_windows_of_a_turned_video_and_over_a_broken_frame(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.mov", range(20), "mjpeg", size=(40, 24))
+    turn(file, MATRICES["90"])
+    spoil(file, 4)
+    windows = Windows(file, [-0.1, 0.0, 0.1], 0.3, short=24, long=40)
+    found = list(windows)
+    assert [one.size for one in found] == [(24, 40)] * 7 and found[0].clip.shape == (3, 40, 24, 3)
+    # 0.2, 0.3 and 0.4 s: the last is broken.
+    assert numbers(found[1].clip) in ([2, 3, 3], [2, 3, 5]) and numbers(found[2].clip) == [5, 6, 7]
+    assert windows.broken == 1
+    with pytest.raises(ValueError, match="steps must ascend"):
+        Windows(file, [0.0, -0.1, 0.1], 0.3, short=24, long=40)
+
+
+def test_windows_hold_only_what_is_still_needed(tmp_path: Path) -> None:
+    def peak(frames: int) -> int:
+        file = write(tmp_path / f"{frames}.mp4", range(frames), "mpeg4", size=(160, 120))
+        tracemalloc.start()
+        assert sum(1 for _ in Windows(file, [-0.4, 0.0, 0.4], 0.5, short=120, long=160)) == frames // 5
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(20)
+    assert peak(400) < peak(100) + 160 * 120 * 3
+
+
+def test_sound_is_handed_on_by_the_videos_clock(tmp_path: Path) -> None:
+    file = tmp_path / "a.mkv"
+    with av.open(str(file), "w") as container:
+        out, track = container.add_stream("mpeg4", rate=10), container.add_stream("pcm_s16le", rate=8000)
+        out.width, out.height, out.pix_fmt, track.layout = 48, 32, "yuv420p", "mono"
+        # The picture starts half a second after the sound.
+        for tick in range(20):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 800), tick, np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 8000, 800 * tick, Fraction(1, 8000)
+            container.mux(track.encode(frame))
+            if tick >= 5:
+                picture = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+                picture.pts, picture.time_base = tick, Fraction(1, 10)
+                container.mux(out.encode(picture))
+        container.mux([*out.encode(None), *track.encode(None)])
+    with Sound(file) as sounding:
+        assert sounding.codec == "pcm_s16le"
+        times = [float(one.pts * one.time_base) for one in sounding.until(0.55)]
+        assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5], abs=2e-3)
+        one = next(sounding.until(9))
+        assert np.frombuffer(bytes(one), np.int16).tolist() == [11] * 800
+        assert len(list(sounding.until(9))) == 8 and not sounding.broken
+    with Sound(write(tmp_path / "b.mp4", range(3))) as sounding:
+        assert sounding.stream is None and list(sounding.until(9)) == []
+
+
+def test_pixels_that_are_not_square(tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    with av.open(str(file), "w") as container:
+        out = container.add_stream("h264", rate=10)
+        out.width, out.height, out.pix_fmt = 48, 32, "yuv420p"
+        out.codec_context.sample_aspect_ratio = Fraction(16, 15)
+        container.mux(out.encode(av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")))
+        container.mux(out.encode(None))
+    assert probe(file).aspect == Fraction(16, 15)
+    turn(file, (0, 1, -1, 0))
+    assert probe(file).aspect == Fraction(15, 16)
+    assert probe(write(tmp_path / "b.mkv", range(2))).aspect == 1

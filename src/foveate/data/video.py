@@ -6,11 +6,14 @@ and upright: turned and mirrored by the stream's display matrix. What cannot be 
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,7 @@ from foveate.data.files import one_line, regular_file
 from foveate.method import InputError
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
 
 MAX_PIXELS = 40_000_000
 """Of one frame; 8K has 33 million."""
@@ -48,6 +51,7 @@ class VideoInfo:
         duration: seconds; None where the file does not say.
         frames: how many; None where the file does not say.
         rate: frames a second, on average; None where the file does not say.
+        aspect: width of a pixel over its height, upright.
     """
 
     width: int
@@ -55,6 +59,7 @@ class VideoInfo:
     duration: float | None
     frames: int | None
     rate: float | None
+    aspect: Fraction = Fraction(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +95,13 @@ def probe(path: str | Path) -> VideoInfo:
     with _opened(path) as container:
         stream = _video_stream(container, path)
         duration, frames, rate = _duration(container, stream), stream.frames or None, stream.average_rate
+        aspect = stream.sample_aspect_ratio or Fraction(1)
         _check_duration(path, duration or 0.0)
     decoded = _Decoded(path)
     _, frame = next(iter(decoded))
     height, width = _upright(frame, decoded.matrix).shape[:2]
-    return VideoInfo(width, height, duration, frames, None if rate is None else float(rate))
+    aspect = 1 / aspect if _transposes(decoded.matrix) else aspect
+    return VideoInfo(width, height, duration, frames, None if rate is None else float(rate), aspect)
 
 
 def sample_frames(path: str | Path, count: int) -> Video:
@@ -201,6 +208,158 @@ class Stream:
 def stream(path: str | Path, rate: float | None = None) -> Stream:
     """A file's frames, `rate` a second or all of them, in bounded memory; see `Stream`."""
     return Stream(path, rate)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A clip around a keyframe.
+
+    Attributes:
+        time: the keyframe's, seconds; the frame itself is the one shown nearest to that.
+        clip: (T, H, W, 3) uint8 RGB.
+        times: (T,) float64, seconds, ascending: when each frame is shown first.
+        size: (width, height) px of the upright picture before it was scaled.
+    """
+
+    time: float
+    clip: NDArray[np.uint8]
+    times: NDArray[np.float64]
+    size: tuple[int, int]
+
+
+class Windows:
+    """Clips around the keyframes 0, `every`, 2 `every`, … seconds, up to the last frame; the file is decoded once.
+
+    Each is what `frames_at` gives for the times around its keyframe. Only frames that are asked for are converted, and
+    only clips whose last frame is still to come are in memory.
+
+    Args:
+        path: of the file.
+        steps: seconds before and after a keyframe, ascending, from below to above 0.
+        every: seconds.
+        short, long: px, see `frames_at`.
+
+    Attributes:
+        broken: frames that could not be decoded, so far in the current or last pass.
+        now: seconds that are decoded, likewise.
+
+    Raises:
+        InputError: no such file; when iterated, no video, nothing that can be decoded, beyond a limit.
+    """
+
+    def __init__(self, path: str | Path, steps: Sequence[float], every: float, short: int, long: int) -> None:
+        if not (every > 0 and len(steps) > 1 and steps[0] <= 0 < steps[-1] and list(steps) == sorted(steps)):
+            raise ValueError(f"steps must ascend from below to above 0, and every be above 0: {steps}, {every}")
+        self.path, self.steps, self.every = regular_file(path, "video"), steps, every
+        self.short, self.long, self.now = short, long, 0.0
+        self._decoded: _Decoded | None = None
+
+    @property
+    def broken(self) -> int:
+        return 0 if self._decoded is None else self._decoded.broken
+
+    def __iter__(self) -> Iterator[Window]:
+        decoded = self._decoded = _Decoded(self.path)
+        self.now, end = 0.0, math.inf
+        asked: deque[tuple[float, int, int]] = deque()
+        clips: dict[int, list[tuple[float, NDArray[np.uint8]]]] = {}
+
+        def frames() -> Iterator[tuple[float, VideoFrame]]:
+            nonlocal end
+            for self.now, frame in decoded:
+                yield self.now, frame
+            end = self.now + 1e-6
+
+        def times() -> Iterator[float]:
+            waiting: list[tuple[float, int, int]] = []
+            for number in itertools.count():
+                time = number * self.every
+                # Known only when the file has ended, shortly before these times are due.
+                if time > end:
+                    break
+                while waiting and waiting[0][0] <= time + self.steps[0]:
+                    asked.append(heapq.heappop(waiting))
+                    yield asked[-1][0]
+                for place, step in enumerate(self.steps):
+                    heapq.heappush(waiting, (time + step, number, place))
+            while waiting:
+                asked.append(heapq.heappop(waiting))
+                yield asked[-1][0]
+
+        last: VideoFrame | None = None
+        size = shape = (0, 0)
+        for shown, frame in _nearest(frames(), times()):
+            _, number, place = asked.popleft()
+            if frame is not last:
+                picture = _upright(frame, decoded.matrix, self.short, self.long)
+                if last is None:
+                    shape, size = picture.shape[:2], (frame.width, frame.height)
+                    size = size[::-1] if _transposes(decoded.matrix) else size
+                if picture.shape[:2] != shape:
+                    # Streams may change their size on the way.
+                    picture = _resized(picture, shape[1], shape[0])
+            last = frame
+            clips.setdefault(number, []).append((shown, picture))
+            if place == len(self.steps) - 1:
+                clip = clips.pop(number)
+                if number * self.every <= end:
+                    found = np.stack([one for _, one in clip])
+                    yield Window(number * self.every, found, np.array([one for one, _ in clip]), size)
+
+
+class Sound:
+    """The compressed packets of a file's first sound track, to be copied; a context.
+
+    Attributes:
+        stream: PyAV's, the pattern of a stream to copy to; None where there is no sound.
+        codec: its name, such as "aac"; empty where there is none.
+        broken: whether reading ended at damage.
+
+    Raises:
+        InputError: when entered, no such file, not a video.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.stream, self.codec, self.broken = regular_file(path, "video"), None, "", False
+        self._next: Packet | None = None
+
+    def __enter__(self) -> Sound:
+        self._container = _opened(self.path)
+        base, begin = _clock(_video_stream(self._container, self.path))
+        self._start = base * begin
+        tracks = self._container.streams.audio
+        if tracks and tracks[0].codec_context is not None:
+            self.stream, self.codec = tracks[0], tracks[0].codec_context.name
+            self._packets = self._container.demux(self.stream)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def until(self, time: float) -> Iterator[Packet]:
+        """The next packets that start before `time`, seconds from the start of the video, their clock set to that."""
+        while self.stream is not None:
+            packet = self._next or self._pull()
+            self._next = packet
+            if packet is None or packet.pts * float(packet.time_base) >= time:
+                return
+            self._next = None
+            yield packet
+
+    def _pull(self) -> Packet | None:
+        import av
+
+        try:
+            for packet in self._packets:
+                # At the end comes an empty one; without times, sound and picture would part.
+                if packet.size and packet.pts is not None and packet.dts is not None:
+                    shift = round(self._start / float(packet.time_base))
+                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                    if packet.dts >= 0:
+                        return packet
+        except av.FFmpegError:
+            self.broken = True
+        return None
 
 
 class _Decoded:
@@ -394,9 +553,15 @@ def _upright(
     scale = min((short or min(width, height)) / min(width, height), (long or max(width, height)) / max(width, height))
     pixels = frame.to_ndarray(format="rgb24", width=max(1, round(width * scale)), height=max(1, round(height * scale)))
     a, b, c, d = matrix
-    if abs(b) + abs(c) > abs(a) + abs(d):
+    if _transposes(matrix):
         pixels, a, d = pixels.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], dtype=np.uint8)
+
+
+def _transposes(matrix: tuple[int, int, int, int]) -> bool:
+    """Whether width and height change places."""
+    a, b, c, d = matrix
+    return abs(b) + abs(c) > abs(a) + abs(d)
 
 
 def _resized(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
