@@ -273,6 +273,23 @@ def test_scores() -> None:
         assert chosen[b].tolist() == [0, 1, 2, 3, *best]
 
 
+@pytest.mark.parametrize("chunk", [1, 2 * 10 * 4, 2 * 10 * 10 * 2])
+def test_scores_in_blocks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single rows, 4 + 4 + 2 rows of a head, 2 + 1 heads."""
+    generator = torch.Generator().manual_seed(2)
+    made = [torch.randn(2, 3, 10, 4, generator=generator).requires_grad_() for _ in range(3)]
+    query, key, value = made
+    rows = torch.rand(2, 10, generator=generator)
+    weights = (query @ key.transpose(-1, -2) / 2).softmax(-1)
+    wanted = torch.autograd.grad((weights @ value).square().sum(), made)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    out, score = module.attention_and_score(query, key, value, rows)
+    torch.testing.assert_close(out, weights @ value)
+    torch.testing.assert_close(score, (weights * rows[:, None, :, None]).mean((1, 2)).detach())
+    assert not score.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), made), wanted)
+
+
 # -- positions
 
 

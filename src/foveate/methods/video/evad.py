@@ -48,8 +48,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Arguments of `EvadDetector` by name: the paper's ViT-B (the defaults) and ViT-L, and this project's "tiny"."""
 
-_CHUNK = 2**22
-"""Most attention probabilities in one block: 16 MiB of float32."""
+_CHUNK = 2**19
+"""Most attention probabilities in one block on a CPU: 2 MiB of float32 stay in its cache."""
+_CHUNK_ACCELERATOR = 2**22
+"""The same elsewhere (16 MiB), where the launches of many small kernels would cost more."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -641,16 +643,22 @@ def attention_and_score(query: Tensor, key: Tensor, value: Tensor, rows: Tensor)
     """softmax(q k^T / sqrt(d)) v (B, H, N, d), and what each token receives: (B, N) float32, the mean over heads and
     rows i of `rows` (B, N) x attention.
 
-    The map is needed for both, so it is computed once, some heads at a time. Scores carry no gradient.
+    The map is needed for both, so each part of it is computed once, in blocks of some heads and rows; the whole of it is
+    never in memory, unless a gradient needs it. Scores carry no gradient.
     """
     batch, heads, count, width = query.shape
-    few = max(1, _CHUNK // (batch * count * count))
+    chunk = _CHUNK if query.device.type == "cpu" else _CHUNK_ACCELERATOR
+    few = max(1, min(count, chunk // (batch * count)))
+    some = max(1, chunk // (batch * few * count))
     out = []
     score = torch.zeros(batch, count, device=query.device)
-    for q, k, v in zip((query * width**-0.5).split(few, 1), key.split(few, 1), value.split(few, 1)):
-        weights = (q @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32)
-        out.append(weights.to(v.dtype) @ v)
-        score = score + (rows[:, None, None] @ weights.detach()).sum((1, 2))
+    for q, k, v in zip((query * width**-0.5).split(some, 1), key.split(some, 1), value.split(some, 1)):
+        parts = []
+        for part, row in zip(q.split(few, 2), rows.split(few, 1)):
+            weights = (part @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32)
+            parts.append(weights.to(v.dtype) @ v)
+            score = score + (row[:, None, None] @ weights.detach()).sum((1, 2))
+        out.append(torch.cat(parts, 2))
     return torch.cat(out, 1), score / (heads * count)
 
 

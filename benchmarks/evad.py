@@ -1,0 +1,146 @@
+"""EVAD's detector, dense and with dropout: time, peak memory, and how much of the FLOPs saved is time saved.
+
+Realised share = (1 - time ratio) / (1 - FLOPs ratio), from interleaved pairs of whole forwards of one clip, goal at
+least 0.95; the paper's ViT-B with 16 frames of 288 x 288 px unless told otherwise, random weights. In the same forwards
+the three parts are timed: `encoder`, `locate` (pyramid and proposal heads: the same work with and without dropout) and
+`decoder`. FLOPs are those of the real run, the scores' own included (see `foveate.measure.flops`). One thread measures
+best: what is left besides matrix products then weighs what it costs.
+
+`memory`: a process of its own for each setting, from just before one forward to its peak: resident bytes above the
+model's and the clip's, as Linux counts them (VmHWM), so not the sum of all tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llava_shaped import write
+from torch import Tensor
+
+from foveate.measure.flops import count_flops
+from foveate.measure.timing import interleave, seconds
+from foveate.methods.video.evad import CONFIGURATIONS, EvadDetector
+
+SETTINGS: tuple[dict[str, float], ...] = ({"keep": 0.7, "weight": 1.0}, {"keep": 0.6, "weight": 4.0})
+"""The paper's two."""
+DENSE = {"keep": 1.0, "weight": 1.0}
+PARTS = {"encoder": "encode", "locate": "locate", "decoder": "classify"}
+
+
+class Parts:
+    """Seconds, or FLOPs, of the detector's parts in the last forward. `pyramid` counts as part of `locate`."""
+
+    def __init__(self, detector: EvadDetector) -> None:
+        self.spent: dict[str, float] = {}
+        for name, method in PARTS.items():
+            setattr(detector, method, self._watched(name, getattr(detector, method)))
+        detector.pyramid.forward = self._watched("locate", detector.pyramid.forward)  # type: ignore[method-assign]
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def watched(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args)
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return watched
+
+
+def build(options: argparse.Namespace) -> tuple[EvadDetector, Tensor]:
+    """The detector, and one clip."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    # Without gradients: the FLOP counter stumbles over parameters that are handed on as they are.
+    detector = EvadDetector.named(options.config).eval().requires_grad_(False)
+    frames = len(detector.positions) * detector.tubelet
+    return detector, torch.randn(1, 3, frames, options.side, options.side)
+
+
+def memory(options: argparse.Namespace, setting: dict[str, float]) -> dict[str, int]:
+    """Resident bytes before a forward, and how far its peak is above them."""
+    detector, clip = build(options)
+    detector.set_dropout(**setting)
+    # Forgets the peak so far: making random weights takes more than they do.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status("VmRSS")
+    with torch.no_grad():
+        detector(clip)
+    return {"before": before, "above": _status("VmHWM") - before}
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+
+
+def timed(detector: EvadDetector, clip: Tensor, parts: Parts, setting: dict[str, float], pairs: int) -> dict[str, Any]:
+    """Times of dense and dropped forwards, in pairs."""
+    passed: dict[str, list[dict[str, float]]] = {"dense": [], "dropped": []}
+
+    @torch.no_grad()
+    def run() -> None:
+        detector(clip)
+
+    def once(name: str, dropout: dict[str, float]) -> float:
+        detector.set_dropout(**dropout)
+        parts.spent = {}
+        spent = seconds(run)
+        passed[name].append(dict(parts.spent))
+        return spent
+
+    timing = interleave(lambda: once("dense", DENSE), lambda: once("dropped", setting), pairs)
+    flops = {}
+    for name, dropout in (("dense", DENSE), ("dropped", setting)):
+        detector.set_dropout(**dropout)
+        flops[name] = count_flops(run)
+    ratio = flops["dropped"] / flops["dense"]
+    return {
+        **setting,
+        "dense_flops": flops["dense"], "flops_ratio": ratio,
+        "time_ratio": timing.ratio, "time_low": timing.low, "time_high": timing.high,
+        "dense_seconds": timing.first_seconds, "dropped_seconds": timing.second_seconds,
+        "realised_share": (1 - timing.ratio) / (1 - ratio),
+        "parts": {
+            part: {f"{name}_seconds": float(np.median([one[part] for one in runs[-pairs:]]))
+                   for name, runs in passed.items()}
+            for part in PARTS
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="vit-b", choices=tuple(CONFIGURATIONS))
+    parser.add_argument("--side", type=int, default=288, help="px of a frame (288)")
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs that count, after one that does not (5)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = [pool.submit(memory, options, setting).result() for setting in (DENSE, *SETTINGS)]
+    print(peaks)
+    detector, clip = build(options)
+    parts = Parts(detector)
+    results = []
+    for setting, peak in zip(SETTINGS, peaks[1:]):
+        row = timed(detector, clip, parts, setting, options.pairs)
+        row["memory"] = {
+            "dense_bytes": peaks[0]["above"], "dropped_bytes": peak["above"], "model_bytes": peak["before"],
+        }  # fmt: skip
+        results.append(row)
+        print(row)
+    write("evad", options, {"goal": "realised_share >= 0.95", "results": results})
+
+
+if __name__ == "__main__":
+    main()
