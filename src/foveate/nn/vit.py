@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,6 +155,18 @@ def split_keys_values(attention: Any, made: Tensor) -> tuple[Tensor, Tensor]:
     return attention.k_norm(key), value
 
 
+def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, N, D) queries, keys and values of x (B, N, C)."""
+    query, key, value = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(query), attention.k_norm(key), value
+
+
+def project_out(attention: Any, out: Tensor) -> Tensor:
+    """(B, N, C) of what the heads make, (B, H, N, D)."""
+    projected: Tensor = attention.proj_drop(attention.proj(attention.norm(out.transpose(1, 2).flatten(2))))
+    return projected
+
+
 def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, Q, C) of query (B, H, Q, D), key and value (B, H, K, D), through timm's output projection.
 
@@ -163,8 +174,7 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     """
     dropout = attention.attn_drop.p if attention.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scale)
-    projected: Tensor = attention.proj_drop(attention.proj(attention.norm(out.transpose(1, 2).flatten(2))))
-    return projected
+    return project_out(attention, out)
 
 
 def attention_weights(attention: Any, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
