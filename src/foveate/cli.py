@@ -52,11 +52,6 @@ VIDEO_MODEL = "tiny-onevision"
 DEFAULT_QUESTIONS = 256
 DEFAULT_FRAMES = 8
 ALL = "all"
-_FAMILIES = {
-    "hf-vlm": "vision-language models of transformers",
-    "hf-vision": "vision encoders of transformers",
-    "timm": "vision transformers of timm",
-}
 _PARTIAL = "comparison.partial.json"
 
 app = typer.Typer(
@@ -498,8 +493,19 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 @app.command()
 def methods(
     slug: Annotated[str | None, typer.Argument(help="A method's name, for all about it.")] = None,
+    pages: Annotated[
+        Path | None, typer.Option(help="Write Markdown pages into this folder: of all methods, or of the one named.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="With --pages: the benchmarks' JSON files [benchmarks/results].")
+    ] = None,
 ) -> None:
-    """List the methods, or tell all about one."""
+    """List the methods, or tell all about one; with --pages write that down, with claims counted anew."""
+    if pages is not None:
+        _write_pages(pages, slug, results)
+        return
+    if results is not None:
+        raise InputError("--results goes with --pages")
     if slug is not None:
         _describe(published_class(slug))
         return
@@ -521,7 +527,20 @@ def methods(
     console.print("\n[bright_black]foveate methods NAME tells all about one: what it does, settings, claims.[/]")
 
 
+def _write_pages(folder: Path, slug: str | None, results: Path | None) -> None:
+    from foveate.report.pages import write_pages
+
+    with _progress() as advance:
+        checked = write_pages(folder, slug, results, on_progress=advance)
+    failed = [one for one in checked if not one.holds]
+    print(f"{folder}: {len(checked)} claims measured, {len(failed)} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
 def _describe(cls: type[Published]) -> None:
+    from foveate.report.wording import source
+
     console, card = _console(), cls.card
     console.print(Text(card.title, style="bold"))
     if card.arxiv:
@@ -535,17 +554,19 @@ def _describe(cls: type[Published]) -> None:
     if cls.claims:
         _heading(console, f"claims that `foveate verify {card.slug}` measures")
         for claim in cls.claims:
-            source = re.sub("^card", "our own count", claim.source)
-            console.print(Text(f"  {_what(claim)}: {claim.figure:.6g} ({source}, ±{100 * claim.tolerance:g} %)"))
+            told = f"{claim.figure:.6g} ({source(claim)}, ±{100 * claim.tolerance:g} %)"
+            console.print(Text(f"  {_what(claim)}: {told}"))
 
 
 def _describe_use(console: Console, cls: type[Method]) -> None:
     """How a method is applied, where it acts, on what, and its settings."""
+    from foveate.report.wording import FAMILIES, setting
+
     card = cls.card
     _heading(console, "how to use it")
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-    setting = f", keep={defaults['keep']!r}" if "keep" in defaults else ""
-    console.print(Text(f'  with foveate.apply(model, "{card.slug}"{setting}): …'))
+    keep = f", keep={defaults['keep']!r}" if "keep" in defaults else ""
+    console.print(Text(f'  with foveate.apply(model, "{card.slug}"{keep}): …'))
     if not card.baseline and "hf-vlm" in card.hosts:
         console.print(Text(f"  foveate compare --methods {card.slug}"))
     _heading(console, "where it acts")
@@ -555,12 +576,12 @@ def _describe_use(console: Console, cls: type[Method]) -> None:
         console.print("  nowhere")
     _heading(console, "models it works on")
     for family in card.hosts:
-        console.print(Text(f"  {family:14} {_FAMILIES.get(family, '')}".rstrip()))
+        console.print(Text(f"  {family:14} {FAMILIES.get(family, '')}".rstrip()))
     if defaults:
         _heading(console, "settings and their defaults")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for name, default in defaults.items():
-            table.add_row(Text(f"  {name}"), Text(_short(default)), Text(card.parameters.get(name, "")))
+            table.add_row(Text(f"  {name}"), Text(setting(default)), Text(card.parameters.get(name, "")))
         console.print(table)
 
 
@@ -570,10 +591,6 @@ def _what(claim: Claim) -> str:
 
 def _heading(console: Console, text: str) -> None:
     console.print(Text(f"\n{text}", style="bold"))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
-"""How numbers are written, the same in the terminal and in the HTML report."""
+"""How numbers and facts are written, the same in the terminal, in the HTML report and on the methods' pages."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.measure.compare import Comparison, Row
+    from foveate.method import Claim
 
 NOTHING = "–"
 """For a figure that was not measured."""
@@ -23,6 +26,26 @@ LEGEND = {
     "agreement": "share of samples where the generated answer is the same as dense's",
     "KL": "divergence of the first answer token's distribution from dense's, in nats; 0 is the same",
 }
+
+FAMILIES = {
+    "hf-vlm": "vision-language models of transformers",
+    "hf-vision": "vision encoders of transformers",
+    "hf-video": "video encoders of transformers",
+    "timm": "vision transformers of timm",
+}
+"""What `Card.hosts` names."""
+
+
+def setting(value: Any) -> str:
+    """A hyperparameter's value; "" where there is none."""
+    if value is inspect.Parameter.empty:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+def source(claim: Claim) -> str:
+    """Where the figure of a claim stands."""
+    return re.sub("^card", "our own count", claim.source)
 
 
 def cells(row: Row) -> dict[str, str]:
