@@ -1,4 +1,4 @@
-"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe` (cli_probe.py), `tune` (cli_tune.py).
+"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe`, `tune`, `detect` (cli_*.py).
 
 Whatever the user gave and cannot be used ends with one line on stderr and exit code 2; an interruption with 130. Any
 other exception is a bug and keeps its traceback. What is slow to import is imported by the command that needs it.
@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate import cli_probe, cli_tune
+from foveate import cli_detect, cli_probe, cli_tune
 from foveate.configuration import is_file, load_configuration
 from foveate.method import (
     STAGES,
@@ -64,6 +64,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_probe.app, name="probe")
 app.command()(cli_tune.tune)
+app.command()(cli_detect.detect)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -388,7 +389,7 @@ def _source(name: str) -> str:
     if name in shipped:
         return str(zoo.path(name))
     if name in zoo.names():
-        raise InputError(f"{name} is a vision encoder; compare needs a model that answers, such as {shipped[0]}")
+        raise InputError(f"{name} answers no questions; this command needs a model that does, such as {shipped[0]}")
     if Path(name).exists():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"{name}: no model here; a model's folder has a config.json")

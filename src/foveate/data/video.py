@@ -320,7 +320,8 @@ class Sound:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.stream, self.codec, self.broken = regular_file(path, "video"), None, "", False
+        self.path, self.codec, self.broken = regular_file(path, "video"), "", False
+        self.stream: Any = None
         self._next: Packet | None = None
 
     def __enter__(self) -> Sound:
@@ -339,11 +340,12 @@ class Sound:
     def until(self, time: float) -> Iterator[Packet]:
         """The next packets that start before `time`, seconds from the start of the video, their clock set to that."""
         while self.stream is not None:
-            packet = self._next or self._pull()
-            self._next = packet
-            if packet is None or packet.pts * float(packet.time_base) >= time:
+            packet, self._next = self._next or self._pull(), None
+            if packet is None:
                 return
-            self._next = None
+            if float((packet.pts or 0) * packet.time_base) >= time:
+                self._next = packet
+                return
             yield packet
 
     def _pull(self) -> Packet | None:

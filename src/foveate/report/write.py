@@ -37,16 +37,51 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
     written: list[tuple[Path, Path]] = []
     try:
         for name, content in files.items():
-            handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
-            written.append((Path(temporary), folder / name))
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            # mkstemp's files are private; results get the permissions that the user's umask says.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
+            temporary = _temporary(folder / name)
+            written.append((temporary, folder / name))
+            temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         for partial, final in written:
             os.replace(partial, final)
     finally:
         for partial, _ in written:
             partial.unlink(missing_ok=True)
+
+
+class Growing:
+    """A file that is written bit by bit, under the temporary name `temporary` beside `path`, which has no reader yet.
+
+    `publish` gives it its name when it is complete; when it is not, `NAME.partial.ENDING`, and whatever has the name
+    stays. Without either, `discard` leaves nothing behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = _temporary(path)
+
+    def publish(self, complete: bool = True) -> Path:
+        """Where the file is now."""
+        final = self.path if complete else self.partial
+        os.replace(self.temporary, final)
+        if complete:
+            self.partial.unlink(missing_ok=True)
+        return final
+
+    def discard(self) -> None:
+        self.temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new, empty file beside `path`."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    # mkstemp's files are private; results get the permissions that the user's umask says.
+    mask = os.umask(0)
+    os.umask(mask)
+    try:
+        os.chmod(name, 0o666 & ~mask)
+    except OSError:
+        os.unlink(name)
+        raise
+    return Path(name)

@@ -24,7 +24,9 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The model's folder; but for `tiny-vit`, transformers' `from_pretrained` loads it. InputError if unknown."""
+    """The model's folder; but for `tiny-vit` and `evad`, transformers' `from_pretrained` loads it.
+
+    Raises InputError if unknown."""
     known = names()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -36,7 +38,8 @@ def path(name: str) -> Path:
 def load(name: str) -> Any:
     """The model in float32 and eval mode: for `tiny-vit` a timm `VisionTransformer` (see `zoo/vit.py`), for
     `tiny-llava` a transformers `LlavaForConditionalGeneration`, for `tiny-onevision` a
-    `LlavaOnevisionForConditionalGeneration`. Raises InputError for an unknown name."""
+    `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`). Raises InputError
+    for an unknown name."""
     return load_folder(path(name))
 
 
@@ -48,6 +51,11 @@ def load_folder(folder: str | Path) -> Any:
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).eval()
+    # Imported on demand, as all models are: names and folders are asked for by commands that load none.
+    from foveate.zoo.detector import is_detector, load_detector
+
+    if is_detector(config):
+        return load_detector(folder)
     model = build_vit({key: value for key, value in config.items() if key != "name"})
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()

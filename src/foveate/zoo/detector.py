@@ -1,0 +1,68 @@
+"""The zoo's action detector, and any other that `foveate train evad` wrote: weights, configuration, actions' names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from foveate.method import InputError
+from foveate.methods.video.evad import EvadDetector
+
+RATE = 7.5
+"""Frames a second that a detector looks at: every fourth of 30, as in the paper; clips of scenes, where it gets
+every second, are taken to have 15."""
+
+
+def is_detector(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of an `EvadDetector`."""
+    return "tubelet" in config and "proposals" in config
+
+
+def load_detector(folder: str | Path) -> EvadDetector:
+    """The detector in float32 and eval mode.
+
+    Raises:
+        InputError: no detector there, or one whose weights do not fit its configuration.
+    """
+    folder = Path(folder)
+    config = _read(folder, "config.json")
+    if not isinstance(config, dict) or not is_detector(config):
+        raise InputError(f"{folder}: no action detector; `foveate train evad` writes one")
+    try:
+        detector = EvadDetector(**config)
+        detector.load_state_dict(load_file(folder / "model.safetensors"))
+    except InputError as error:
+        raise InputError(f"{folder}/config.json: {error}") from None
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise InputError(f"{folder}: its weights cannot be loaded: {reason}") from None
+    return detector.eval()
+
+
+def labels(folder: str | Path, count: int) -> list[str]:
+    """Names of the `count` actions of the detector there: those of `labels.json`, or without such a file "1", "2", …
+
+    Raises:
+        InputError: a file with something else in it.
+    """
+    folder = Path(folder)
+    if not (folder / "labels.json").exists():
+        return [str(number + 1) for number in range(count)]
+    names = _read(folder, "labels.json")
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{folder}/labels.json: a list of {count} names was expected, one for each action")
+    return names
+
+
+def _read(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no model here; a detector's folder has a {name}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no JSON"
+        raise InputError(f"{folder}/{name}: cannot be read ({reason})") from None
