@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="vit-b", choices=tuple(CONFIGURATIONS))
     parser.add_argument("--side", type=int, default=288, help="px of a frame (288)")
-    parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs that count, after one that does not (5)")
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs, after one that does not count (5)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -135,7 +135,7 @@ def main() -> None:
     for setting, peak in zip(SETTINGS, peaks[1:]):
         row = timed(detector, clip, parts, setting, options.pairs)
         row["memory"] = {
-            "dense_bytes": peaks[0]["above"], "dropped_bytes": peak["above"], "model_bytes": peak["before"],
+            "dense_bytes": peaks[0]["above"], "dropped_bytes": peak["above"], "resident_before_bytes": peak["before"],
         }  # fmt: skip
         results.append(row)
         print(row)

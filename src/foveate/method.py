@@ -289,6 +289,9 @@ class Method(Published):
     shorter prompt. Hosts whose positions have several axes (Qwen2-VL's time, row, column) always keep them."""
     proportional: ClassVar[bool] = False
     """Whether the encoder's attention counts a merged token as often as it has patches (ToMe's `+ log s`)."""
+    newlines: str = "whole"
+    """Whose newline tokens stay, in any-resolution models, when tokens go before the language model: only those of rows
+    that stay "whole", or those of "every" row of the crops."""
 
     @classmethod
     def handlers(cls) -> dict[str, str]:
@@ -437,6 +440,13 @@ def at_depth(name: str, value: int | float, layers: int, least: int = 0) -> int:
     if not least <= layer < layers:
         raise InputError(f"{name}: {value!r} is layer {layer}; on this host it can be {least}..{layers - 1}")
     return layer
+
+
+def language_layers(slug: str, host: HostShape) -> int:
+    """Layers of the host's language model; raises an InputError where there is none."""
+    if host.llm_layers == 0:
+        raise InputError(f"{slug} acts inside a language model, which this host does not have")
+    return host.llm_layers
 
 
 def equal_counts(slug: str, tokens: Tokens, at: Stage) -> None:

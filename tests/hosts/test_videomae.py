@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.method import Card, InputError, Method, Stage, at
+from foveate.hosts import adapt
+from foveate.method import Card, InputError, Method, Stage, at, registry
 from foveate.tokens import Tokens
 from tiny import probe
 from tiny_video import clips, videomae
@@ -158,3 +159,54 @@ def test_other_methods_work_on_clips_and_come_off() -> None:
             assert not torch.equal(model(clip).logits, dense)
             assert applied.trace[-1].tokens_out == {"tome": (44, 44), "random": (32, 32), "pool": (16, 16)}[slug]
         assert torch.equal(model(clip).logits, dense)
+
+
+@pytest.mark.parametrize("slug", registry())
+@torch.no_grad()
+def test_every_method_works_on_clips_or_says_in_a_sentence_why_not(slug: str) -> None:
+    model, clip, cls = videomae(head=True), clips(), registry()[slug]
+    shape = adapt(model).shape
+    dense = model(clip).logits
+    if set(cls().acts_at(shape)) <= set(shape.stages):
+        method = cls() if slug == "dense" else cls.for_budget(0.25, shape)
+        with foveate.apply(model, method) as applied:
+            together = model(clip).logits
+            counts = [record.tokens_out for record in applied.trace]
+            for b in range(2):
+                torch.testing.assert_close(model(clip[b : b + 1]).logits[0], together[b], rtol=1e-4, atol=1e-5)
+        # A quarter of 4 slots of 4 x 4 patches.
+        assert counts == [] if slug == "dense" else counts[-1] == (16, 16)
+        assert torch.equal(together, dense) == (slug == "dense")
+    else:
+        assert "hf-video" not in cls.card.hosts
+        with pytest.raises(InputError, match=r"^[^\n]+$"):
+            foveate.apply(model, cls())
+        try:
+            method = cls.for_budget(0.25, shape)
+        except InputError as refused:
+            assert "\n" not in str(refused)
+        else:
+            with pytest.raises(InputError):
+                foveate.apply(model, method)
+    assert torch.equal(model(clip).logits, dense)
+
+
+@pytest.mark.parametrize(("slug", "settings"), [("grid", {}), ("pool", {}), ("fopru", {"strategy": "row"})])
+@torch.no_grad()
+def test_grids_are_those_of_each_slot(slug: str, settings: dict[str, Any]) -> None:
+    """2 x 2 of 4 x 4 patches in each of 4 slots; half of the rows, the same in all slots. Nothing crosses slots."""
+    model = videomae()
+    with foveate.apply(model, slug, keep=0.5 if settings else 0.25, **settings) as applied:
+        model(clips(1))
+        source = applied.trace[-1].source[0].view(4, 4, 4)
+    kept = 8 if settings else 4
+    for slot in source:
+        assert len(set(slot[slot >= 0].tolist())) == kept
+        assert torch.equal(slot >= 0, source[0] >= 0)
+    assert len(set(source[source >= 0].tolist())) == 4 * kept
+    if settings:
+        assert (source[0] >= 0).all(1).sum() == 2
+    if slug == "pool":
+        assert all(
+            int(slot[y, x]) == int(slot[y // 2 * 2, x // 2 * 2]) for slot in source for y in range(4) for x in range(4)
+        )

@@ -9,12 +9,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from comparisons import comparison
 from PIL import Image
 
-from foveate.measure.provenance import Overlay
+import foveate
+from foveate.measure.provenance import Overlay, encoder_overlay
+from foveate.method import Card, InputError, Method, Stage, at
 from foveate.report.html import report_html
-from foveate.report.overlay import ROW, draw_strip
+from foveate.report.overlay import ROW, draw_applied, draw_strip
+from foveate.tokens import Tokens
+from tiny import vision
+from tiny_video import clips, videomae
 
 BLUE = (0, 0, 250)
 
@@ -76,3 +82,79 @@ def test_the_report_of_a_clip_has_strips_with_times() -> None:
     assert sizes == {(ROW * 112 + (ROW - 1) * 4, 84)}
     assert "Under each frame is the time" in page and page.count('class="clip" style="--frames: 8"') == drawn
     assert "Under each frame" not in report_html(comparison(), command="c", model="m", picture=clip(1)[0])
+
+
+class Fades(Method):
+    """Of slots 0 … 3, drops 0 between attention and MLP of layer 1, 1 before layer 3, 3 after the encoder."""
+
+    card = Card(slug="fades", title="for tests", arxiv="", kind="reduce", hosts=("hf-video",), summary="for tests")
+
+    def without(self, tokens: Tokens, slot: int) -> Tokens:
+        there = (tokens.position[..., 0] != slot).nonzero()[:, 1].view(len(tokens.x), -1)
+        return tokens.keep(there)
+
+    @at("vision.mlp")
+    def first(self, tokens: Tokens, at: Stage) -> Tokens:
+        return self.without(tokens, 0) if at.layer == 1 else tokens
+
+    @at("vision.layer")
+    def second(self, tokens: Tokens, at: Stage) -> Tokens:
+        return self.without(tokens, 1) if at.layer == 3 else tokens
+
+    @at("vision.output")
+    def third(self, tokens: Tokens, at: Stage) -> Tokens:
+        return self.without(tokens, 3)
+
+
+@torch.no_grad()
+def test_an_encoder_of_clips_veils_what_it_drops_the_earlier_the_more() -> None:
+    model = videomae()
+    with foveate.apply(model, Fades()) as applied:
+        model(clips())
+        shown = encoder_overlay(applied.trace, applied.host.shape, "fades", 1.0)
+        (image,) = draw_applied(clip(8), applied)
+    # 4 layers and the output are 5 steps.
+    assert np.allclose(np.reshape(shown.depth, (4, 16)), np.array([[1.5 / 5], [3 / 5], [1], [4 / 5]]))
+    assert set(shown.group) == {-1} and shown.frames == 4
+    pixels = np.asarray(image).astype(int).reshape(112, -1, 3)
+    # Frames of 112 px, 4 px apart; the first of each slot's two, whose green is 0, 20, 40, 60. There is no red.
+    for slot, veil in enumerate((0.88 - 0.63 * 0.3, 0.88 - 0.63 * 0.6, 0.0, 0.88 - 0.63 * 0.8)):
+        part = pixels[:, slot * 116 : slot * 116 + 112]
+        assert abs(part[..., 0] - veil * 236).max() <= 1
+        assert abs(part[..., 1] - (veil * 238 + (1 - veil) * 20 * slot)).max() <= 1
+
+
+@torch.no_grad()
+def test_evad_leaves_the_keyframe_clear_and_each_clip_has_its_own_strip() -> None:
+    model = videomae()
+    with foveate.apply(model, "evad", keep=0.5) as applied:
+        model(clips())
+        strips = [np.asarray(draw_applied(clip(4), applied, sample)[0]).astype(int) for sample in range(2)]
+        source = applied.trace[-1].source
+        with pytest.raises(InputError, match="2 clips, counted from 0, not 2"):
+            draw_applied(clip(4), applied, 2)
+        with pytest.raises(InputError, match="4 time slots of a clip; 6 frames"):
+            draw_applied(clip(6), applied)
+    for sample, strip in enumerate(strips):
+        cells = strip[14::28, :, 0]
+        clear = np.stack([cells[:, slot * 116 + 14 : slot * 116 + 112 : 28] == 0 for slot in range(4)])
+        assert clear[2].all() and (clear.reshape(-1) == (source[sample] >= 0).numpy()).all()
+    assert (strips[0] != strips[1]).any()
+
+
+@torch.no_grad()
+def test_merged_patches_of_an_encoder_are_groups_and_nothing_applied_is_clear() -> None:
+    model = videomae()
+    with foveate.apply(model, "tome", r=5) as applied:
+        model(clips(1))
+        shown = encoder_overlay(applied.trace, applied.host.shape, "tome", 1.0)
+        source = applied.trace[-1].source[0].tolist()
+    assert set(shown.depth) == {1.0}
+    for a in range(64):
+        together = [b for b in range(64) if source[b] == source[a]]
+        assert [b for b in range(64) if shown.group[b] == shown.group[a] != -1] == (together if together[1:] else [])
+    with foveate.apply(model, "evad", keep=1.0) as applied:
+        model(clips(1))
+        assert not np.asarray(draw_applied(clip(4), applied)[0])[:, :112, 0].any()
+    with foveate.apply(vision("vit"), "random") as applied, pytest.raises(InputError, match="no video encoder"):
+        draw_applied(clip(4), applied)

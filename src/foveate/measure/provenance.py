@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from foveate.hosts.host import Record
+from foveate.method import HostShape
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Overlay:
         budget: that the method was set to.
         grid: (rows, columns) of patches, of a clip those of one frame; where patches are joined, of what they become.
         depth: frame by frame and row by row, the share of the language model's depth at which the patch was dropped:
-            0 before the language model, 1 never.
+            0 before the language model, 1 never. Without a language model, of the encoder's depth.
         group: in the same order, one number for all patches merged into one token, -1 for a patch that was not merged.
         answer: what the model said with the tokens that were left.
         frames: of a clip; a model that joins frames has one for each it makes of them. 1 for a picture.
@@ -56,15 +58,37 @@ def overlay(
     frames: int = 1,
 ) -> Overlay:
     """The overlay of one sample of the forward that `trace` recorded; in `source`, the first crop comes first."""
-    patches = frames * grid[0] * grid[1]
+    steps = (
+        (0.0 if record.stage == "llm.input" else _layer(record.stage) / depth, record.source[sample])
+        for record in trace
+        if record.stage == "llm.input" or record.stage.startswith("llm.layer")
+    )
+    return Overlay(method, budget, grid, *_fate(steps, frames * grid[0] * grid[1]), answer, frames)
+
+
+def encoder_overlay(trace: Sequence[Record], host: HostShape, method: str, budget: float, sample: int = 0) -> Overlay:
+    """The overlay of one sample of the forward of a vision encoder that `trace` recorded.
+
+    Its depth counts the encoder's output as one more layer: what is dropped there is in no head's input.
+    """
+    steps = ((_encoder_depth(record.stage, host.vision_layers), record.source[sample]) for record in trace)
+    return Overlay(method, budget, host.grid, *_fate(steps, host.patches), frames=host.slots)
+
+
+def _encoder_depth(stage: str, layers: int) -> float:
+    if stage == "vision.output":
+        return layers / (layers + 1)
+    within = {"vision.layer": 0.0, "vision.mlp": 0.5}.get(stage.partition("[")[0])
+    return 0.0 if within is None else (_layer(stage) + within) / (layers + 1)
+
+
+def _fate(steps: Iterable[tuple[float, Tensor]], patches: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """`Overlay.depth` and `Overlay.group` of the first `patches`, of (depth, source (M,)) in the order of the steps."""
     dropped = torch.ones(patches)
     group = torch.full((patches,), -1)
     first_free = 0
-    for record in trace:
-        if record.stage != "llm.input" and not record.stage.startswith("llm.layer"):
-            continue
-        share = 0.0 if record.stage == "llm.input" else _layer(record.stage) / depth
-        whole = record.source[sample].cpu()
+    for share, source in steps:
+        whole = source.cpu()
         source = whole[:patches]
         dropped = torch.where((source < 0) & (dropped == 1), share, dropped)
         carried = torch.bincount(whole[whole >= 0], minlength=1)
@@ -72,8 +96,7 @@ def overlay(
         group = torch.where(merged, first_free + source, group)
         first_free += len(carried)
     numbers = {old: new for new, old in enumerate(dict.fromkeys(g for g in group.tolist() if g >= 0))}
-    groups = tuple(numbers.get(g, -1) for g in group.tolist())
-    return Overlay(method, budget, grid, tuple(dropped.tolist()), groups, answer, frames)
+    return tuple(dropped.tolist()), tuple(numbers.get(g, -1) for g in group.tolist())
 
 
 def _layer(stage: str) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from foveate.method import Card, HostShape, InputError, Method, Stage, at, floor_share, register, share, whole
 from foveate.tokens import Tokens, compact, topk_in_order
 
-_HOSTS = ("hf-vlm", "hf-vision", "timm")
+_HOSTS = ("hf-vlm", "hf-vision", "hf-video", "timm")
 _KEEP = {"keep": "share of the patches of each crop that is kept, in (0, 1]"}
 
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from foveate.method import InputError
+
 if TYPE_CHECKING:
+    from foveate.apply import Applied
     from foveate.measure.provenance import Overlay
 
 SIDE = 336
@@ -25,7 +28,7 @@ _OUTLINE = np.array([255.0, 196.0, 0.0])
 def dimming(depth: float) -> float:
     """How much of a patch is veiled, 0..1: 0.88 when dropped before the language model, less the later, 0 if never.
 
-    `depth` is the share of the language model's depth that the patch has seen.
+    `depth` is the share of the language model's (without one, the encoder's) depth that the patch has seen.
     """
     return 0.0 if depth >= 1 else _STRONGEST - (_STRONGEST - _WEAKEST) * max(depth, 0.0)
 
@@ -65,6 +68,40 @@ def draw_strip(frames: Sequence[Image.Image], overlay: Overlay) -> list[Image.Im
             strip.paste(Image.fromarray(one), (k * (width + _GAP), 0))
         strips.append(strip)
     return strips
+
+
+def draw_applied(frames: Sequence[Image.Image], applied: Applied, sample: int = 0) -> list[Image.Image]:
+    """Where the tokens of a clip went in the last forward of a video encoder: `draw_strip` of one frame a time slot.
+
+    ```python
+    with foveate.apply(videomae, "evad", keep=0.5) as applied:
+        videomae(pixel_values)
+        draw_applied(frames, applied)[0].save("tokens.png")
+    ```
+    A patch is veiled the more the earlier in the encoder it is dropped.
+
+    Args:
+        frames: what the model saw of the clip, all frames of it; each slot shows its first (of the keyframe's slot in
+            `evad`, the keyframe).
+        applied: of a model that is a video encoder, with or without a head.
+        sample: which clip of the batch.
+
+    Raises:
+        InputError: if the model is none, the frames are not a clip of it, or there is no such sample.
+    """
+    # Not at the top: torch comes with it, and `foveate --help` has no use for that.
+    from foveate.measure.provenance import encoder_overlay
+
+    shape = applied.host.shape
+    if shape.family != "hf-video":
+        raise InputError(f"{type(applied.model).__name__} is no video encoder: it makes no time slots of clips")
+    if len(frames) < shape.slots or len(frames) % shape.slots:
+        raise InputError(f"the model makes {shape.slots} time slots of a clip; {len(frames)} frames do not fill them")
+    clips = len(applied.trace[0].source) if applied.trace else sample + 1
+    if not 0 <= sample < clips:
+        raise InputError(f"sample must be one of the batch's {clips} clips, counted from 0, not {sample}")
+    shown = encoder_overlay(applied.trace, shape, " + ".join(one.card.slug for one in applied.methods), 1.0, sample)
+    return draw_strip(frames[:: len(frames) // shape.slots], shown)
 
 
 def _by_frame(overlay: Overlay, frames: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from foveate.method import (
     depth,
     equal_counts,
     floor_share,
+    language_layers,
     register,
     share,
     whole,
@@ -124,7 +125,7 @@ class Aim(Method):
     def for_budget(cls, budget: float, host: HostShape) -> Method:
         """The default pruning; merging takes the rest of the budget. Above what pruning leaves, its step is smaller."""
         share("budget", budget)
-        layers = host.llm_layers
+        layers = language_layers(cls.card.slug, host)
         for step in (0.125, 0.0625, 0.03125):
             method = cls(keep=1.0, step=step)
             # What is left after a layer is what the next one sees.

@@ -41,7 +41,7 @@ class FoPru(Method):
 
     card = Card(
         slug="fopru", title="FoPru: Focal Pruning for Efficient Large Vision-Language Models", arxiv="2411.14164",
-        year=2024, kind="reduce", hosts=("hf-vlm", "hf-vision", "timm"), identity={"keep": 1.0},
+        year=2024, kind="reduce", hosts=("hf-vlm", "hf-vision", "hf-video", "timm"), identity={"keep": 1.0},
         summary="Keeps the patches (or rows of patches) that receive most attention in the vision encoder.",
         parameters={
             "keep": "share of the patches (or rows) of each crop that is kept, in (0, 1]",

@@ -21,6 +21,7 @@ from foveate.method import (
     choice,
     depth,
     floor_share,
+    language_layers,
     register,
     share,
     whole,
@@ -199,7 +200,7 @@ class MustDrop(Method):
         # Where patches are joined behind the encoder, fewer of them in it make no fewer tokens behind.
         merges = "vision.layer" in host.stages and host.joined == 1
         windows = (host.grid[0] // 3) * (host.grid[1] // 3) if merges else 0
-        filters = cls().filters(host.llm_layers)
+        filters = cls().filters(language_layers(cls.card.slug, host))
         for merged in range(min(windows, int((1 - math.sqrt(budget)) * patches / 8)), windows + 1):
             entered = 1 - 8 * merged / patches
 

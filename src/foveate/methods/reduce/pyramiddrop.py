@@ -18,6 +18,7 @@ from foveate.method import (
     at_depth,
     depth,
     floor_share,
+    language_layers,
     register,
     share,
 )
@@ -112,7 +113,7 @@ class PyramidDrop(Method):
         """Four stages. Where the first quarter of the layers alone costs more than the budget, they begin earlier."""
         if share("budget", budget) == 1:
             return cls(keep=1.0)
-        count = host.llm_layers
+        count = language_layers(cls.card.slug, host)
         for first in range(max(1, count // 4), 0, -1):
             layers = tuple(s for s in (first, 2 * first, 3 * first) if s < count)
 

@@ -51,7 +51,7 @@ class ToMe(Method):
 
     card = Card(
         slug="tome", title="Token Merging: Your ViT But Faster", arxiv="2210.09461", year=2022, kind="reduce",
-        hosts=("hf-vlm", "hf-vision", "timm"), identity={"r": 0},
+        hosts=("hf-vlm", "hf-vision", "hf-video", "timm"), identity={"r": 0},
         summary="Merges the most similar tokens in every layer of the vision encoder, by the attention's keys.",
         parameters={
             "r": "tokens merged away in each layer, or a list with one number per layer (missing ones are 0)",

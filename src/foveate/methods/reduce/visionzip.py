@@ -30,7 +30,8 @@ class VisionZip(Method):
 
     card = Card(
         slug="visionzip", title="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
-        arxiv="2412.04467", year=2024, kind="reduce", hosts=("hf-vlm", "hf-vision", "timm"), identity={"keep": 1.0},
+        arxiv="2412.04467", year=2024, kind="reduce",
+        hosts=("hf-vlm", "hf-vision", "hf-video", "timm"), identity={"keep": 1.0},
         summary="Keeps the patches with most class-token attention, merges the rest into a few contextual tokens.",
         parameters={
             "keep": "share of the patches of each crop that is left, in (0, 1]; 64 of 576 is 1/9",

@@ -37,7 +37,7 @@ class VtcCls(Method):
 
     card = Card(
         slug="vtc-cls", title="[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs",
-        arxiv="2412.05819", year=2024, kind="reduce", hosts=("hf-vlm", "hf-vision", "timm"),
+        arxiv="2412.05819", year=2024, kind="reduce", hosts=("hf-vlm", "hf-vision", "hf-video", "timm"),
         identity={"keep": 1.0}, summary="Keeps the patches with most class-token attention, summed over late layers.",
         parameters={
             "keep": "share of the patches of each crop that is kept, in (0, 1]; the paper's 256 of 576 is 4/9",

@@ -643,8 +643,8 @@ def attention_and_score(query: Tensor, key: Tensor, value: Tensor, rows: Tensor)
     """softmax(q k^T / sqrt(d)) v (B, H, N, d), and what each token receives: (B, N) float32, the mean over heads and
     rows i of `rows` (B, N) x attention.
 
-    The map is needed for both, so each part of it is computed once, in blocks of some heads and rows; the whole of it is
-    never in memory, unless a gradient needs it. Scores carry no gradient.
+    The map is needed for both, so each part of it is computed once, in blocks of some heads and rows; the whole of it
+    is never in memory, unless a gradient needs it. Scores carry no gradient.
     """
     batch, heads, count, width = query.shape
     chunk = _CHUNK if query.device.type == "cpu" else _CHUNK_ACCELERATOR
