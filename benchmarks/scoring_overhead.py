@@ -29,6 +29,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vtc-cls": {"keep": 0.5},
     "pyramiddrop": {},
     "aim": {"keep": 0.5},
+    "fastv": {},
+    "globalcom2": {},
+    "hired": {},
+    "mustdrop": {},
+    "tome": {},
+    "visionzip": {},
 }
 
 
