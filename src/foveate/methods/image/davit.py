@@ -33,7 +33,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "base-fl": _BASE | _FLORENCE,
     "huge-fl": _HUGE | _FLORENCE,
     "scenes": {
-        "widths": (44, 88, 176, 352), "heads": (2, 4, 8, 16), "window": 6, "classes": 40, "drop_path": 0.0,
+        "widths": (42, 84, 168, 336), "heads": (2, 4, 8, 16), "window": 6, "classes": 40, "drop_path": 0.0,
     },
 }  # fmt: skip
 """Arguments of `Davit` by name: the paper's six ("large" as it is fine-tuned, for 384 px), the two vision towers of
