@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import random
 import sys
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from foveate.apply import apply
 from foveate.configuration import describe
 from foveate.measure.environment import environment
-from foveate.method import HostShape, InputError, Method, method_class, registry
+from foveate.method import HostShape, InputError, Method, registry
 from foveate.report.write import write_files
 from tiny import IMAGE, PAD, VIDEO, prompt, single, vlm
 
@@ -147,6 +148,12 @@ class Refused(Exception):
 # -- drawing
 
 
+@functools.cache
+def methods() -> dict[str, type[Method]]:
+    """slug -> class of what is drawn, as it was when the soak began."""
+    return {slug: cls for slug, cls in registry().items() if "hf-vlm" in cls.card.hosts and cls.card.training_free}
+
+
 _MODELS: dict[tuple[str, int, int], Any] = {}
 
 
@@ -169,12 +176,12 @@ def draw(seed: int, number: int, attempt: int) -> Combination:
         shape = applied.host.shape
     budget = dice.choice(BUDGETS)
     try:
-        methods = _methods(dice, budget, shape)
+        chosen = _methods(dice, budget, shape)
     except InputError as error:
         raise Refused(str(error)) from None
     samples = _samples(dice, apart=HOSTS[name][0].startswith("qwen"))
     return Combination(
-        number, name, layers, image, describe(methods), budget, samples,
+        number, name, layers, image, describe(chosen), budget, samples,
         _sizes(dice, HOSTS[name][0], sum(len(one) - 1 for one in samples)), dice.randrange(10**6),
         dice.choice((0, 0, 0, 1, 5)), dice.random() < 0.6,
     )  # fmt: skip
@@ -182,12 +189,9 @@ def draw(seed: int, number: int, attempt: int) -> Combination:
 
 def _methods(dice: random.Random, budget: float, shape: HostShape) -> list[Method]:
     """One method, or (a third of the time) two whose stages do not clash and of which neither is a baseline."""
-    names = [
-        slug for slug, cls in registry().items() if shape.family in cls.card.hosts and cls.card.training_free
-    ]
     if dice.random() < 2 / 3:
-        return [_method(dice, dice.choice(names), budget, shape)]
-    names = [slug for slug in names if not method_class(slug).card.baseline]
+        return [_method(dice, dice.choice(list(methods())), budget, shape)]
+    names = [slug for slug, cls in methods().items() if not cls.card.baseline]
     while True:
         pair = [_method(dice, slug, budget**0.5, shape) for slug in dice.sample(names, 2)]
         if not set(pair[0].acts_at(shape)) & set(pair[1].acts_at(shape)):
@@ -195,7 +199,7 @@ def _methods(dice: random.Random, budget: float, shape: HostShape) -> list[Metho
 
 
 def _method(dice: random.Random, slug: str, budget: float, shape: HostShape) -> Method:
-    cls = method_class(slug)
+    cls = methods()[slug]
     settings = cls.for_budget(1.0 if slug in UNREDUCED else budget, shape).hyperparameters()
     switches = SWITCHES.get(slug, {})
     for name in dice.sample(list(switches), min(len(switches), dice.choice((0, 0, 1, 2)))):
@@ -270,8 +274,8 @@ def run(combination: Combination, dtype: torch.dtype = torch.float32) -> Outcome
     to_the_right = _given(model, combination, "right", dtype)
     alone = [single(model, given, b) for b in range(len(combination.samples))]
     given = _padded(given, combination.extra)
-    methods = [
-        method_class(one["method"])(**{k: _tuple(v) for k, v in one["settings"].items()})
+    applying = [
+        methods()[one["method"]](**{name: _tuple(value) for name, value in one["settings"].items()})
         for one in combination.methods
     ]
     before = fingerprint(model)
@@ -279,9 +283,9 @@ def run(combination: Combination, dtype: torch.dtype = torch.float32) -> Outcome
     dense = _logits(model, given)
     outcome = Outcome()
     try:
-        with apply(model, methods) as applied:
+        with apply(model, applying) as applied:
             shape = applied.host.shape
-            late = combination.cached and any("llm.decode" in one.acts_at(shape) for one in methods)
+            late = combination.cached and any("llm.decode" in one.acts_at(shape) for one in applying)
             try:
                 batch = _generate(model, given, combination.cached)
                 outcome.visual = _visual(given, applied.trace)
@@ -427,7 +431,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = environment(seed=options.seed)
-    about["command"] = " ".join(portable(one) for one in about["command"].split())
+    about["command"] = " ".join(["PYTHONPATH=tests", *(portable(one) for one in about["command"].split())])
+    about["methods"] = list(methods())
     try:
         done = _read(options.out, about)
     except InputError as error:
@@ -443,23 +448,24 @@ def main() -> int:
         _write(options.out, about, done)
         if number % 25 == 24:
             print(number + 1, _summary(done), f"{time.perf_counter() - started:.0f} s", flush=True)
+    _write(options.out, about, done)
     summary = _summary(done)
     print(json.dumps(summary, indent=2))
     return int(summary["outcomes"].get("differs", 0) > 0)
 
 
 def _read(path: Path, about: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The combinations of an earlier run. InputError for what is none, or was made with another seed or versions."""
+    """The combinations of an earlier run. InputError for what is none, or draws or runs others."""
     if not path.exists():
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        same = all(values["environment"][name] == about[name] for name in ("seed", "versions"))
+        same = all(values["environment"][name] == about[name] for name in ("seed", "versions", "methods"))
         done = {int(one["number"]): one for one in values["combinations"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no results of a soak to go on with ({error!r}); give another --out") from None
     if not same:
-        raise InputError(f"{path}: made with another seed or other versions; give another --out")
+        raise InputError(f"{path}: made with another seed, other methods or other versions; give another --out")
     return done
 
 
