@@ -40,6 +40,21 @@ def test_batches_are_clips_and_processes_share_them() -> None:
     assert torch.equal(parts[0], whole["clip"][::2]) and torch.equal(parts[1], whole["clip"][1::2])
 
 
+def test_a_frame_only_model_sees_the_keyframe_and_is_asked_the_same() -> None:
+    moving, still = recipe().batch(1, 0, 1), recipe(frame_only=True).batch(1, 0, 1)
+    # Frame 8 of 16, the fourth of every second one.
+    key = torch.from_numpy(Clips("train", 3, frames=16, size=48)[2].frames[8]).permute(2, 0, 1)
+    for frame in range(8):
+        assert torch.equal(still["clip"][0, :, frame], key)
+        assert torch.equal(moving["clip"][0, :, frame], key) == (frame == 4)
+    assert all(torch.equal(moving[name], still[name]) for name in moving if name != "clip")
+    settings = EvadSettings(**(EvadRecipe.smoke | {"frame_only": True, "test_scenes": 3}))
+    knows: Any = Knows(Clips("test", 0, frames=16, size=48), 3)
+    evaluate(knows, knows.clips, settings)
+    assert len(knows.seen) == 3
+    assert all(torch.equal(one, one[:, 4:5].expand_as(one)) for one in knows.seen)
+
+
 def test_the_loss_is_the_detectors() -> None:
     made = recipe(vary=False)
     batch = made.batch(0, 0, 1)
@@ -77,6 +92,7 @@ class Knows:
 
     def __init__(self, clips: Clips, right: int) -> None:
         self.clips, self.right, self.next = clips, right, 0
+        self.seen: list[Tensor] = []
 
     def parameters(self) -> Any:
         return iter([torch.zeros(1)])
@@ -88,6 +104,7 @@ class Knows:
 
     def detect(self, pixels: Tensor, size: Tensor, threshold: float) -> list[Found]:
         found = []
+        self.seen += list(pixels)
         for _ in range(len(pixels)):
             sample = from_clip(self.clips[self.next], 2)
             boxes = sample.boxes if self.next < self.right else sample.boxes[:0]

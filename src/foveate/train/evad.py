@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.data.ava import collate, from_clip
+from foveate.data.ava import ActionSample, collate, from_clip
 from foveate.data.scenes import ACTIONS, Clips
 from foveate.measure.detection import box_average_precision, frame_map
 from foveate.method import InputError
@@ -45,6 +45,8 @@ class EvadSettings(Settings):
         keep, select, protect_keyframe: of the dropout, see `foveate.methods.video.evad.Evad`.
         vary: whether each step of training uses the next of `VARIANTS` instead.
         head_rate: learning rate of heads and decoder in multiples of `lr` (the paper, fine-tuning: 8).
+        frame_only: whether all frames are the keyframe, in training and in evaluation: a model that sees no motion, to
+            compare with.
     """
 
     steps: int = 5000
@@ -65,6 +67,7 @@ class EvadSettings(Settings):
     protect_keyframe: bool = True
     vary: bool = True
     head_rate: float = 1.0
+    frame_only: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +125,7 @@ class EvadRecipe(Recipe):
     def batch(self, step: int, rank: int, world: int) -> Batch:
         first = step * self.settings.batch
         numbers = range(first + rank, first + self.settings.batch, world)
-        clips = collate([from_clip(self.clips[number], self.settings.stride) for number in numbers])
+        clips = collate([sample_of(self.clips, number, self.settings) for number in numbers])
         return {"step": torch.tensor(step), **clips}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -147,6 +150,15 @@ class EvadRecipe(Recipe):
         return {"split": "test", "clips": self.settings.test_scenes, "by_dropout": figures}
 
 
+def sample_of(clips: Clips, number: int, settings: EvadSettings) -> ActionSample:
+    """What the model sees of a clip, and who does what in its keyframe."""
+    sample = from_clip(clips[number], settings.stride)
+    if not settings.frame_only:
+        return sample
+    frames = sample.clip.shape[1]
+    return dataclasses.replace(sample, clip=sample.clip[:, [frames // 2] * frames])
+
+
 @torch.no_grad()
 def evaluate(detector: EvadDetector, clips: Clips, settings: EvadSettings) -> dict[str, Any]:
     """Figures on the first `settings.test_scenes` of `clips`; every proposal counts, ranked by person x action score.
@@ -160,7 +172,7 @@ def evaluate(detector: EvadDetector, clips: Clips, settings: EvadSettings) -> di
     found, persons, truth = [], [], []
     for first in range(0, settings.test_scenes, settings.batch):
         numbers = range(first, min(first + settings.batch, settings.test_scenes))
-        samples = [from_clip(clips[number], settings.stride) for number in numbers]
+        samples = [sample_of(clips, number, settings) for number in numbers]
         batch = collate(samples)
         pixels, size = normalised(batch["clip"].to(device)), batch["size"].to(device)
         for sample, one in zip(samples, detector.detect(pixels, size, threshold=0.0)):
