@@ -14,6 +14,7 @@ _RECIPES = {
     "tiny-llava": ("tiny_llava", "TinyLlava"),
     "tiny-onevision": ("tiny_onevision", "TinyOnevision"),
     "evad": ("evad", "EvadRecipe"),
+    "cutmix": ("cutmix", "CutMixRecipe"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Objectives, augmentation and pre-training: what a model learns from, not what it is."""
