@@ -6,6 +6,9 @@ the three parts are timed: `encoder`, `locate` (pyramid and proposal heads: the 
 `decoder`. FLOPs are those of the real run, the scores' own included (see `foveate.measure.flops`). One thread measures
 best: what is left besides matrix products then weighs what it costs.
 
+`videomae` is the same for `foveate.apply(videomae, "evad")` on such an encoder alone. There a layer's output comes from
+the model's own attention, and the scores from another pass over its queries and keys.
+
 `memory`: a process of its own for each setting, from just before one forward to its peak: resident bytes above the
 model's and the clip's, as Linux counts them (VmHWM), so not the sum of all tensors.
 """
@@ -18,6 +21,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,10 @@ import torch
 from llava_shaped import write
 from torch import Tensor
 
+from foveate.apply import apply
 from foveate.measure.flops import count_flops
-from foveate.measure.timing import interleave, seconds
-from foveate.methods.video.evad import CONFIGURATIONS, EvadDetector
+from foveate.measure.timing import Timing, interleave, seconds
+from foveate.methods.video.evad import CONFIGURATIONS, Evad, EvadDetector
 
 SETTINGS: tuple[dict[str, float], ...] = ({"keep": 0.7, "weight": 1.0}, {"keep": 0.6, "weight": 4.0})
 """The paper's two."""
@@ -103,18 +108,45 @@ def timed(detector: EvadDetector, clip: Tensor, parts: Parts, setting: dict[str,
     for name, dropout in (("dense", DENSE), ("dropped", setting)):
         detector.set_dropout(**dropout)
         flops[name] = count_flops(run)
-    ratio = flops["dropped"] / flops["dense"]
     return {
         **setting,
-        "dense_flops": flops["dense"], "flops_ratio": ratio,
-        "time_ratio": timing.ratio, "time_low": timing.low, "time_high": timing.high,
-        "dense_seconds": timing.first_seconds, "dropped_seconds": timing.second_seconds,
-        "realised_share": (1 - timing.ratio) / (1 - ratio),
+        **summary(timing, flops["dense"], flops["dropped"]),
         "parts": {
             part: {f"{name}_seconds": float(np.median([one[part] for one in runs[-pairs:]]))
                    for name, runs in passed.items()}
             for part in PARTS
         },
+    }  # fmt: skip
+
+
+def applied(options: argparse.Namespace, setting: dict[str, float]) -> dict[str, Any]:
+    """Times of a VideoMAE without and with the method, in pairs."""
+    model = EvadDetector.named(options.config, image=options.side).backbone.eval().requires_grad_(False)
+    clip = torch.randn(1, model.config.num_frames, 3, options.side, options.side)
+
+    def run() -> None:
+        model(clip)
+
+    def once(context: AbstractContextManager[Any], read: Callable[[], float]) -> float:
+        with context:
+            return read()
+
+    def method() -> AbstractContextManager[Any]:
+        return apply(model, Evad(**setting))
+
+    timing = interleave(
+        lambda: once(nullcontext(), lambda: seconds(run)), lambda: once(method(), lambda: seconds(run)), options.pairs
+    )
+    return summary(timing, count_flops(run), once(method(), lambda: count_flops(run)))
+
+
+def summary(timing: Timing, dense_flops: float, flops: float) -> dict[str, float]:
+    ratio = flops / dense_flops
+    return {
+        "dense_flops": dense_flops, "flops_ratio": ratio,
+        "time_ratio": timing.ratio, "time_low": timing.low, "time_high": timing.high,
+        "dense_seconds": timing.first_seconds, "dropped_seconds": timing.second_seconds,
+        "realised_share": (1 - timing.ratio) / (1 - ratio),
     }  # fmt: skip
 
 
@@ -137,6 +169,7 @@ def main() -> None:
         row["memory"] = {
             "dense_bytes": peaks[0]["above"], "dropped_bytes": peak["above"], "resident_before_bytes": peak["before"],
         }  # fmt: skip
+        row["videomae"] = applied(options, setting)
         results.append(row)
         print(row)
     write("evad", options, {"goal": "realised_share >= 0.95", "results": results})
