@@ -64,7 +64,8 @@ def detect(
     detector, labels, usual = _load(model)
     if keep is not None:
         detector.set_dropout(keep=keep)
-    detector.to(cli._accelerator(device).device if device == "auto" else device)
+    accelerator = cli._accelerator(device)
+    detector.to(accelerator.device if device == "auto" else device)
     watch = Stopwatch()
     detection = Detection(
         video, detector, labels, every=every, rate=usual if rate is None else rate, short=short, person=person,

@@ -135,6 +135,8 @@ class Detection:
         self.detector, self.labels, self.watch = detector, list(labels), watch or Stopwatch()
         self.person, self.action = within("person", person, "[0, 1]"), within("action", action, "[0, 1]")
         every, rate = within("every", every, "[0.04, 3600]"), within("rate", rate, "[0.5, 240]")
+        if len(self.labels) != detector.classes:
+            raise InputError(f"the detector knows {detector.classes} actions, not {len(self.labels)}")
         if batch < 1:
             raise InputError(f"batch must be at least 1, not {batch}")
         self.batch = batch

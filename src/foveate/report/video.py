@@ -61,6 +61,9 @@ class VideoWriter:
             out.width, out.height, out.pix_fmt = *self.size, "yuv420p"
             out.time_base = out.codec_context.time_base = Fraction(1, _TICKS)
             out.codec_context.sample_aspect_ratio = self.aspect
+            # BT.709, said in the file: what players take for granted hangs on the size.
+            for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
+                setattr(out.codec_context, name, 1)
             self._stream = out
             self._sound: Sound | None = None
             if self.sound is not None:
@@ -84,10 +87,12 @@ class VideoWriter:
     def write(self, time: float, pixels: NDArray[np.uint8]) -> None:
         """Adds a frame: seconds, greater than the one before, and (height, width, 3) uint8 RGB."""
         import av
+        from av.video.reformatter import ColorRange, Colorspace
 
         # To H.264 no two frames are at the same time.
         self._tick = max(self._tick + 1, round(time * _TICKS))
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
         frame.pts, frame.time_base = self._tick, Fraction(1, _TICKS)
         self._container.mux(self._stream.encode(frame))
         self.frames += 1
