@@ -6,6 +6,7 @@ timm is an optional extra: it is loaded when a model is built. B pictures, N tok
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,10 @@ def vision_transformer(name: str, options: Mapping[str, Any] | None = None) -> A
     Raises:
         InputError: where timm is not installed, does not know the name or an option, or has another kind of model.
     """
-    try:
-        import timm
-        from timm.models.vision_transformer import VisionTransformer
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise
-        raise InputError("vision transformers need timm: pip install 'foveate[timm]'") from None
+    need_timm()
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
     options = dict(options or {})
     try:
         model = lv_vit(**options) if name == LV_VIT else timm.create_model(name, pretrained=False, **options)
@@ -38,6 +36,12 @@ def vision_transformer(name: str, options: Mapping[str, Any] | None = None) -> A
     if not isinstance(model, VisionTransformer):
         raise InputError(f"backbone must be a VisionTransformer of timm, not {name!r}, a {type(model).__name__}")
     return model
+
+
+def need_timm() -> None:
+    """Raises an InputError that says what to install where timm is not."""
+    if importlib.util.find_spec("timm") is None:
+        raise InputError("vision transformers need timm: pip install 'foveate[timm]'")
 
 
 def lv_vit(
@@ -170,7 +174,7 @@ def project_out(attention: Any, out: Tensor) -> Tensor:
 def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, Q, C) of query (B, H, Q, D), key and value (B, H, K, D), through timm's output projection.
 
-    `mask` is what is added to the logits.
+    `mask`, of two axes at least, is what is added to the logits.
     """
     dropout = attention.attn_drop.p if attention.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scale)

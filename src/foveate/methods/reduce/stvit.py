@@ -22,6 +22,7 @@ from foveate.nn.vit import (
     attend,
     attention_weights,
     keys_values,
+    need_timm,
     queries,
     split_keys_values,
     take_weights,
@@ -310,14 +311,11 @@ class STViTSwin(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         mask: str = "union", layer_scale: float = 0.0, drop_path: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        try:
-            from timm.layers import PatchEmbed
-            from timm.models.swin_transformer import SwinTransformer
-            from timm.models.vision_transformer import Block
-        except ModuleNotFoundError as error:
-            if error.name != "timm":
-                raise
-            raise InputError("vision transformers need timm: pip install 'foveate[timm]'") from None
+        need_timm()
+        from timm.layers import PatchEmbed
+        from timm.models.swin_transformer import SwinTransformer
+        from timm.models.vision_transformer import Block
+
         self.semantic = SemanticLayers(
             4 * width, layers, window=whole("window", window, 1), per_window=per_window, seeds=seeds, centres=centres,
             residual=residual, shortcut=shortcut, seed_keys=seed_keys, reach=reach, border=border, mask=mask,
@@ -350,9 +348,7 @@ class STViTSwin(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
                     4 * width, heads[2], qkv_bias=True, init_values=layer_scale or None, drop_path=path,
                     norm_layer=nn.LayerNorm,
                 )  # fmt: skip
-        for name, module in blocks.named_modules():
-            if isinstance(module, nn.Linear) and ".attn." in f".{name}.":
-                nn.init.trunc_normal_(module.weight, std=0.02)
+        self.backbone.init_weights(needs_reset=False)
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> STViTSwin:
