@@ -320,7 +320,9 @@ def class_logits(model: Any, pixels: Tensor) -> Tensor:
     return total / 4 / math.sqrt(width)  # type: ignore[operator]
 
 
-def expected_features(model: Any, pixels: Tensor, size: Tensor, keep: float) -> tuple[Tensor, list[list[int]], int]:
+def expected_features(
+    model: Any, pixels: Tensor, size: Tensor, keep: float, newline: str
+) -> tuple[Tensor, list[list[int]], int]:
     """What should enter the language model for one picture, its patches, and how many newlines there are."""
     side = model.config.vision_config.image_size
     grid = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, side)
@@ -337,39 +339,56 @@ def expected_features(model: Any, pixels: Tensor, size: Tensor, keep: float) -> 
     for row in left:
         stay = [cell for cell in row if cell % 16 in chosen[1 + cell // 16]]
         sequence += [features[1 + cell // 16, cell % 16] for cell in stay]
-        if stay == row:
+        if newline == "every" or stay == row:
             sequence.append(model.model.image_newline)
             newlines += 1
     return torch.stack(sequence), chosen, newlines
 
 
+@pytest.mark.parametrize("newline", ["every", "whole"])
 @pytest.mark.parametrize("keep", [0.25, 0.6, 0.97])
 @torch.no_grad()
-def test_what_enters_the_language_model(keep: float) -> None:
+def test_what_enters_the_language_model(keep: float, newline: str) -> None:
     """Logits of the last layer, features of the one before, raster order of the stitched map, each picture its own.
 
-    Sizes: two without padding and two with; of a row that stays whole, the host keeps the newline.
+    Sizes: two without padding and two with.
     """
     host = vlm("next", seed=1)
     sizes = [(24, 12), (16, 24), (48, 40), (24, 24)]
     given = prompt(host, [(2, 3, 6), (1, 4, 3)], sizes=sizes)
-    parts = [expected_features(host, given["pixel_values"][i], given["image_sizes"][i], keep) for i in range(4)]
-    assert any(newlines for _, _, newlines in parts) == (keep > 0.25)
-    with foveate.apply(host, GlobalCom2(keep=keep)) as applied:
+    pictures = zip(given["pixel_values"], given["image_sizes"])
+    parts = [expected_features(host, crops, size, keep, newline) for crops, size in pictures]
+    if newline == "every":
+        # One for each row of the stitched map: two crops high, but for the second, which is one crop high.
+        assert [newlines for _, _, newlines in parts] == [8, 4, 8, 8]
+    else:
+        assert any(newlines for _, _, newlines in parts) == (keep > 0.25)
+    with foveate.apply(host, GlobalCom2(keep=keep, newlines=newline)) as applied:
         ours = prompt_embeddings(host, given)
         found = kept(applied.trace[0].source)
     assert found == [patches for _, chosen, _ in parts for patches in chosen]
     for b in range(2):
         embeddings, ids = host.get_input_embeddings(), given["input_ids"][b].tolist()
-        pictures, wanted, inside = iter(parts[2 * b : 2 * b + 2]), [], False
+        upcoming, wanted, inside = iter(parts[2 * b : 2 * b + 2]), [], False
         for token in [token for token, there in zip(ids, given["attention_mask"][b]) if there]:
             if token == IMAGE and not inside:
-                wanted.append(next(pictures)[0])
+                wanted.append(next(upcoming)[0])
             elif token != IMAGE:
                 wanted.append(embeddings(torch.tensor([token])))
             inside = token == IMAGE
         expected = torch.cat(wanted)
         torch.testing.assert_close(ours[b, -len(expected) :], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_is_of_tokens_newlines_included() -> None:
+    """Compared methods spend the same; the card's newlines come on top."""
+    host = vlm("next", seed=1)
+    given = prompt(host, [(2, 6)], sizes=[(24, 24)])
+    assert GlobalCom2().newlines == "every"
+    method = GlobalCom2.for_budget(0.25, HOST)
+    with foveate.apply(host, method) as applied, torch.no_grad():
+        host(**given)
+        assert applied.trace[-1].tokens_out[0] <= 0.25 * (5 * 16 + 8)
 
 
 @torch.no_grad()

@@ -49,8 +49,9 @@ class GlobalCom2(Method):
     * With padding, the release writes a crop's survivors to the cells with the number that they have among the N_j,
       which shifts them. Here each stays in its own cell. There is no switch for it: a token would have to claim to be
       another patch.
-    * The release keeps a newline for every row of the stitched map, rows of padding too. Here the host keeps the
-      newline of a row of which every token stays.
+    * The release keeps a newline for every row of the stitched map, rows of padding too. Here rows of padding have
+      none, as in LLaVA-NeXT itself; the others' stay, on top of the budget. `newlines="whole"` keeps only those of rows
+      of which every token stays, which is what `for_budget` does: methods are compared at equal numbers of tokens.
     * The released thumbnail is in falling order of scores (`order="score"`), and at R = 1 crops with a sigma below 1/n
       still lose tokens (`full="budgets"`).
     * The release leaves pictures of a single part alone (`single="bypass"`). By default they are treated as a
@@ -73,6 +74,7 @@ class GlobalCom2(Method):
             "order": "of the thumbnail's tokens: 'raster', or by falling 'score' (release)",
             "single": "what to do with a picture of one part: treat it as a 'thumbnail', or 'bypass' it (release)",
             "full": "what keep=1 means: 'bypass' the method, or apply the crops' 'budgets' (release)",
+            "newlines": "that stay: of 'every' row of the crops (card, release), or of rows that stay 'whole'",
         },
     )  # fmt: skip
 
@@ -118,6 +120,7 @@ class GlobalCom2(Method):
         order: str = "raster",
         single: str = "thumbnail",
         full: str = "bypass",
+        newlines: str = "every",
     ) -> None:
         self.keep = share("keep", keep)
         self.temperature = within("temperature", temperature, "(0, inf)")
@@ -125,6 +128,11 @@ class GlobalCom2(Method):
         self.order = choice("order", order, ("raster", "score"))
         self.single = choice("single", single, ("thumbnail", "bypass"))
         self.full = choice("full", full, ("bypass", "budgets"))
+        self.newlines = choice("newlines", newlines, ("every", "whole"))
+
+    @classmethod
+    def for_budget(cls, budget: float, host: HostShape) -> Method:
+        return cls(keep=share("budget", budget), newlines="whole")
 
     def reads(self, host: HostShape) -> tuple[str, ...]:
         return () if self._bypassed else (f"vision.attention[{host.vision_layers - 1}]",)
