@@ -131,9 +131,9 @@ class TinyVit(Recipe):
             "split": "test",
             "scenes": count,
             "names_mean_average_precision": float(precision.compute()),
-            "patch_mean_iou": _mean_iou(confusion["last"]),
+            "patch_mean_iou": mean_iou(confusion["last"]),
             "patch_accuracy": float(confusion["last"].diag().sum() / confusion["last"].sum()),
-            "patch_mean_iou_last_but_one_layer": _mean_iou(confusion["early"]),
+            "patch_mean_iou_last_but_one_layer": mean_iou(confusion["early"]),
             "box_mean_absolute_error_px": 96 * box_error / max(1, boxes_seen),
         }
 
@@ -159,7 +159,7 @@ def scene_batch(scenes: list[Scene]) -> Batch:
     }
 
 
-def _mean_iou(confusion: Tensor) -> float:
+def mean_iou(confusion: Tensor) -> float:
     """Mean over the classes that occur (in truth or prediction)."""
     shared = confusion.diag().float()
     union = confusion.sum(0) + confusion.sum(1) - shared
