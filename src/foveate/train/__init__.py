@@ -15,6 +15,8 @@ _RECIPES = {
     "tiny-onevision": ("tiny_onevision", "TinyOnevision"),
     "evad": ("evad", "EvadRecipe"),
     "cutmix": ("cutmix", "CutMixRecipe"),
+    "sit-slim": ("sit_slim", "SitSlimRecipe"),
+    "stvit": ("stvit", "STViTRecipe"),
 }
 
 
