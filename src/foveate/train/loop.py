@@ -338,6 +338,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters, and buffers that belong to a state dict: the running statistics of a batch norm."""
+    kept = model.state_dict()
+    return {**_trained(model), **{name: value for name, value in model.named_buffers() if name in kept}}
+
+
 def _save(
     out: Path,
     step: int,
@@ -357,7 +363,7 @@ def _save(
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    write_tensors(partial / "model.safetensors", dict(parameters))
+    write_tensors(partial / "model.safetensors", _saved(recipe.model))
     write_tensors(partial / "optimizer.safetensors", moments)
     state = {"recipe": recipe.name, "seed": seed, "step": step, "seconds": seconds}
     write_json(partial / "state.json", state | {"settings": dataclasses.asdict(settings)})
@@ -380,12 +386,13 @@ def _load(folder: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, seed: 
         )
     parameters = _trained(recipe.model)
     weights = load_file(folder / "model.safetensors")
-    shapes = {name: p.shape for name, p in parameters.items()}
+    saved = _saved(recipe.model)
+    shapes = {name: value.shape for name, value in saved.items()}
     if shapes != {name: w.shape for name, w in weights.items()}:
         raise InputError(f"{folder} is of a model of another shape; give another --out or start afresh")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        for name, value in saved.items():
+            value.copy_(weights[name])
     for key, value in load_file(folder / "optimizer.safetensors").items():
         name, _, field = key.rpartition("|")
         optimizer.state[parameters[name]][field] = value
