@@ -17,6 +17,8 @@ _RECIPES = {
     "cutmix": ("cutmix", "CutMixRecipe"),
     "sit-slim": ("sit_slim", "SitSlimRecipe"),
     "stvit": ("stvit", "STViTRecipe"),
+    "davit": ("davit", "DavitRecipe"),
+    "strip-mlp": ("strip_mlp", "StripMlpRecipe"),
 }
 
 

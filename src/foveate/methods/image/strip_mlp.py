@@ -140,7 +140,8 @@ class StripMlp(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate
         self.merges = nn.ModuleList(nn.Conv2d(some, 2 * some, 2, stride=2, bias=False) for some in widths[:3])
         # s1, s1' and s2.
         self.skips = nn.ModuleList(
-            nn.Conv2d(some, 2 * some, 2, stride=2, groups=some, bias=False) for some in widths[1:2] + 2 * widths[2:3]
+            nn.Conv2d(some, 2 * some, 2, stride=2, groups=some, bias=False)
+            for some in (widths[1], widths[2], widths[2])
         )
         self.norm = nn.BatchNorm2d(widths[3])
         self.head: nn.Module = nn.Linear(widths[3], classes) if classes else nn.Identity()
