@@ -16,12 +16,34 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     return int(2 * batch * heads * rows * columns * (width + out))
 
 
+def _sampled_flops(wanted: Any, rows: Any, columns: Any, *args: Any, **kwargs: Any) -> int:
+    """Of a product (R, D) x (D, S), the entries that a sparse matrix has."""
+    return int(2 * wanted.values().numel() * rows.shape[-1])
+
+
+def _bag_flops(
+    table: Any, index: Any, offsets: Any, by_frequency: Any = False, mode: int = 0, sparse: Any = False,
+    weights: Any = None, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Weighted sums of rows of a table (T, D); plain sums are additions only and count nothing."""
+    return 0 if weights is None else int(2 * index.numel() * table.shape[1])
+
+
+# Their arguments come as they are, not as shapes.
+_sampled_flops._get_raw = True  # type: ignore[attr-defined]
+_bag_flops._get_raw = True  # type: ignore[attr-defined]
+
 # Out of the box the counter knows the CUDA kernels only: on a CPU it would leave attention out without a word.
-_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.sparse_sampled_addmm: _sampled_flops,
+    torch.ops.aten._embedding_bag: _bag_flops,
+    torch.ops.aten._embedding_bag_forward_only: _bag_flops,
+}
 
 
 def flop_counter() -> FlopCounterMode:
-    """A `FlopCounterMode` that also counts the CPU's fused attention.
+    """A `FlopCounterMode` that also counts the CPU's fused attention, and sparse products.
 
     Counted are matrix products, convolutions and attention, one multiply-add as 2. Causal attention counts as the full
     square, as everywhere in the literature. Softmax, norms, activations and sorting count nothing.

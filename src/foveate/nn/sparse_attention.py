@@ -5,6 +5,9 @@ B samples, H heads, R queries, S keys, K keys of each query, D channels of a hea
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,10 +57,12 @@ def places(chosen: Tensor, count: int) -> Tensor:
 
 def ragged_places(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """`places` for rows that have different numbers of True: (…, K) long and bool, False for what fills up."""
-    size = chosen.shape[-1]
-    column = torch.where(chosen, torch.arange(size, device=chosen.device), size)
-    column = column.sort(-1).values[..., : max(1, int(chosen.sum(-1).max()))]
-    return column.clamp(max=size - 1), column < size
+    counts = chosen.sum(-1)
+    width = max(1, int(counts.max()))
+    valid = torch.arange(width, device=chosen.device) < counts.unsqueeze(-1)
+    # Both lists go row by row, left to right.
+    index = valid.new_zeros(valid.shape, dtype=torch.long).masked_scatter(valid, chosen.nonzero()[:, -1])
+    return index, valid
 
 
 def weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -101,9 +106,7 @@ def _softmax(logits: Tensor, valid: Tensor | None) -> Tensor:
     return logits.masked_fill(~valid, torch.finfo(logits.dtype).min).softmax(-1) * valid
 
 
-def _masked(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor | None, scale: float
-) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor | None, scale: float) -> Tensor:
     mask = torch.zeros(*query.shape[:-1], key.shape[2], dtype=torch.bool, device=query.device)
     if valid is None:
         return F.scaled_dot_product_attention(query, key, value, mask.scatter(-1, index, True), scale=scale)
@@ -120,9 +123,7 @@ def _rows(index: Tensor, keys: int) -> Tensor:
     return (index.flatten(0, 1) + keys * heads[:, None, None]).flatten(0, 1)
 
 
-def _gather(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor | None, scale: float
-) -> Tensor:
+def _gather(query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor | None, scale: float) -> Tensor:
     width = query.shape[-1]
     rows, count = _rows(index, key.shape[2]), index.shape[-1]
     flat, keys, values = query.reshape(-1, width, 1), key.reshape(-1, width), value.reshape(-1, width)
@@ -138,6 +139,7 @@ def _gather(
 
 
 def _csr(query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    _silence()
     heads, queries, keys, count = query.shape[0] * query.shape[1], query.shape[2], key.shape[2], index.shape[-1]
     q, k = query.flatten(0, 1).float(), key.flatten(0, 1).float().transpose(1, 2)
     entries = torch.zeros(heads, queries * count, device=query.device)
@@ -150,3 +152,11 @@ def _csr(query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor
     weights = _softmax(logits, None if valid is None else valid.flatten(0, 2))
     table = value.flatten(0, 2).float()
     return weighted_rows(table, _rows(index, keys), weights).view(query.shape).to(query.dtype)
+
+
+@functools.cache
+def _silence() -> None:
+    """Makes the process's first sparse matrix: PyTorch warns, once, that the kind is in beta state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.long), torch.tensor([]), (1, 1))
