@@ -2,7 +2,8 @@
 
 Of tiny-llava, with benchmarks/results/quality_curve.json and docs/quality-cost.png and .svg; of tiny-onevision by
 --model src/foveate/zoo/tiny-onevision --count 1000 --clips 1000 --result quality_curve_onevision
---figure docs/quality-cost-onevision.png
+--figure docs/quality-cost-onevision.png. The same command again measures what is missing: rows of the same options and
+versions are kept.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava_shaped import write, write_bytes
+from llava_shaped import RESULTS, portable, write, write_bytes
 from matplotlib.figure import Figure
 
 from foveate.data.samples import from_scene_clips, from_scenes
-from foveate.measure.compare import Comparison, Row, candidates, compare
+from foveate.measure.compare import Comparison, Row, Shown, candidates, choose, compare
+from foveate.measure.environment import environment
 
 _ROOT = Path(__file__).parent.parent
 _MARKERS = "osD^vPX*"
@@ -48,23 +50,54 @@ def main() -> None:
     samples = from_scenes("test", options.count, options.seed)
     if options.clips:
         samples += from_scene_clips("test", options.clips, options.seed)
+    order = [*(name for name in candidates(baselines=True) if name != "dense"), *options.methods]
+    rows = _earlier(options)
+    missing = [name for name in order if any((name, budget) not in rows for budget in options.budgets)]
+
+    def so_far(shown: Shown | None = None) -> Comparison:
+        keys = [("dense", 1.0), *((name, budget) for name in order for budget in options.budgets)]
+        known = [rows[key] for key in keys if key in rows]
+        surroundings = environment("cpu", torch.float32, options.seed) | {"batch_size": options.batch_size}
+        return Comparison(known, surroundings, len(samples), *choose(known), shown=shown)
+
+    def save(row: Row) -> None:
+        print(row.label, row.refused or f"{row.accuracy} accuracy, {row.flops_ratio:.3f} FLOPs", flush=True)
+        rows[row.method, row.budget] = row
+        keep(so_far())
+
+    def keep(comparison: Comparison) -> None:
+        results: dict[str, Any] = json.loads(comparison.to_json())
+        # Thousands of numbers that no figure shows.
+        del results["overlays"]
+        write(options.result, options, {"comparison": results})
+
+    baselines = [name for name in missing if name not in options.methods]
     comparison = compare(
-        model, processor, samples, options.methods, budgets=options.budgets,
-        batch_size=options.batch_size, timing_pairs=options.pairs, seed=options.seed, on_row=_tell,
+        model, processor, samples, [name for name in missing if name in options.methods], budgets=options.budgets,
+        baselines=baselines, batch_size=options.batch_size, timing_pairs=options.pairs, seed=options.seed, on_row=save,
     )  # fmt: skip
-    results: dict[str, Any] = json.loads(comparison.to_json())
-    # Thousands of numbers that no figure shows.
-    del results["overlays"]
-    write(options.result, options, {"comparison": results})
-    figure = draw(comparison)
+    whole = so_far(comparison.shown)
+    keep(whole)
+    figure = draw(whole)
     for suffix in (".png", ".svg"):
         file = io.BytesIO()
         figure.savefig(file, format=suffix[1:], dpi=160)
         write_bytes(options.figure.with_suffix(suffix), file.getvalue())
 
 
-def _tell(row: Row) -> None:
-    print(row.label, row.refused or f"{row.accuracy} accuracy, {row.flops_ratio:.3f} FLOPs", flush=True)
+def _earlier(options: argparse.Namespace) -> dict[tuple[str, float], Row]:
+    """The rows of an earlier run with the same options and versions: it goes on where that ended."""
+    file = RESULTS / f"{options.result}.json"
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    same = ("model", "count", "clips", "batch_size", "pairs", "threads", "seed")
+    now = environment("cpu", torch.float32, options.seed)
+    if any(found["options"].get(name, 0) != portable(getattr(options, name)) for name in same):
+        return {}
+    if any(found["environment"][name] != now[name] for name in ("versions", "machine")):
+        return {}
+    return {(row.method, row.budget): row for row in (Row(**one) for one in found["comparison"]["rows"])}
 
 
 def draw(comparison: Comparison) -> Figure:
