@@ -163,7 +163,7 @@ def test_broken_and_missing_frames_are_counted(run: Run, tmp_path: Path) -> None
     # Cut before the sixteenth frame.
     (tmp_path / "cut.mkv").write_bytes((tmp_path / "a.mkv").read_bytes()[: data.index(packets[15])])
     code, _, err = run("cut.mkv", "--out", "c.mp4")
-    assert code == 0 and "note: the file ends after 1.4 s of 3.0 s" in err
+    assert code == 0 and "note: the video ends after 1.4 s of the file's 3.0 s" in err
     assert shown(tmp_path / "c.mp4")[0] == pytest.approx([k / 10 for k in range(15)], abs=1e-3)
 
 

@@ -126,6 +126,25 @@ def test_every_frame_shows_the_nearest_keyframe(tmp_path: Path, monkeypatch: pyt
     assert set(watch.seconds) == {"decode", "model", "draw", "encode"} and min(watch.seconds.values()) > 0
 
 
+def test_a_turned_video_is_upright_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, asked = film(tmp_path / "a.mov", range(6), codec="mjpeg"), marks(monkeypatch)
+    data = bytearray(file.read_bytes())
+    # A quarter turn in the display matrix of the track's header.
+    place = data.index(b"tkhd") + 4 + 40
+    for k, one in enumerate((0, 1, 0, -1, 0)):
+        data[place + 4 * k : place + 4 * k + 4] = (one * 65536).to_bytes(4, "big", signed=True)
+    file.write_bytes(data)
+    found = list(Detection(file, detector(), LABELS, person=0.0))
+    boxes = np.array([one.box for one in found[0].persons])
+    assert found[0].size == (36, 48) and (boxes[:, 2] <= 36).all() and (boxes[:, 3] <= 48).all()
+    assert boxes[:, 3].max() > 36
+    Annotation(file, tmp_path / "b.mp4", LABELS).write(found)
+    # Lying: 48 wide. Clockwise, its left column is the upper row.
+    lying = shown(file)[1][0]
+    assert lying.shape == (36, 48, 3) and np.array_equal(asked[0][0], np.rot90(lying, -1))
+    assert shown(tmp_path / "b.mp4")[1][0].shape[1] == 36
+
+
 def test_keyframes_are_taken_only_as_far_as_the_frames_need(tmp_path: Path) -> None:
     """What makes memory bounded: neither side runs ahead of the other."""
     file = film(tmp_path / "a.mkv", range(40), size=(16, 16))

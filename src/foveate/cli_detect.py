@@ -193,7 +193,8 @@ def _notes(detection: Detection, annotation: Annotation | None, info: VideoInfo)
         print(f"note: broken frames left out: {detection.broken}", file=sys.stderr)
     # A frame's own length, and what containers round, is no reason to speak.
     if info.duration is not None and info.duration - detection.now > 1:
-        print(f"note: the file ends after {detection.now:.1f} s of {info.duration:.1f} s", file=sys.stderr)
+        where = f"{detection.now:.1f} s of the file's {info.duration:.1f} s"
+        print(f"note: the video ends after {where}", file=sys.stderr)
     if annotation is not None and annotation.left_out:
         print(f"note: an MP4 cannot hold the sound ({annotation.left_out}); it is left out", file=sys.stderr)
 

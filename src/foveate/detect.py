@@ -176,10 +176,12 @@ class Detection:
         for window, persons, tokens in zip(windows, detector.persons(seen, self.person), kept):
             sure = persons.score >= self.person
             scale = [full / side for full, side in zip(window.size, window.clip.shape[2:0:-1])] * 2
-            boxes = (persons.boxes[sure].float().cpu() * torch.tensor(scale)).tolist()
+            boxes = persons.boxes[sure].float().cpu() * torch.tensor(scale)
+            # Rounding may lead out of the picture again.
+            corners = boxes.minimum(torch.tensor([*window.size, *window.size])).tolist()
             score, actions = persons.score[sure].float().cpu(), persons.actions[sure].float().cpu().tolist()
             people = [
-                Person(tuple(boxes[k]), float(score[k]), self._named(actions[k]))
+                Person(tuple(corners[k]), float(score[k]), self._named(actions[k]))
                 for k in score.argsort(descending=True).tolist()
             ]
             middle = float(window.times[self.frames // 2])
