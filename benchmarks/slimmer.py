@@ -1,4 +1,4 @@
-"""What the benchmarks of vision transformers with fewer tokens share: time beside dense, ToMe at equal cost, training."""
+"""What benchmarks of vision transformers with fewer tokens share: time beside dense, ToMe at equal cost, training."""
 
 from __future__ import annotations
 

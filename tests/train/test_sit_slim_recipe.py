@@ -43,7 +43,7 @@ def test_top_k_keeps_values_and_learns_scores() -> None:
     out = made(x)
     for b in range(2):
         score = made.score(made.norm(x[b])).squeeze(1)
-        best = sorted(sorted(range(10), key=lambda j: -float(score[j]))[:3])  # noqa: B023
+        best = sorted(sorted(range(10), key=lambda j: -score[j].item())[:3])
         torch.testing.assert_close(out[b], x[b, best])
     out.square().sum().backward()
     assert made.score.weight.grad is not None and made.score.weight.grad.any()
