@@ -101,7 +101,7 @@ BAD = [
     (["compare", "--dataset", "text.jsonl"], "text.jsonl:1: the field 'image' is missing"),
     (["compare", "--dataset", "bad.jsonl", "--image", "a.png"], "not both"),
     (["compare", "--model", "tiny-lava", "--image", "a.png", "--prompt", "p"], "did you mean tiny-llava"),
-    (["compare", "--model", "tiny-vit", "--image", "a.png", "--prompt", "p"], "is a vision encoder"),
+    (["compare", "--model", "tiny-vit", "--image", "a.png", "--prompt", "p"], "tiny-vit answers no questions"),
     (["compare", "--model", "vit", "--image", "a.png", "--prompt", "p"], "vit is a ViTForImageClassification"),
     (["compare", "--model", "cut", "--image", "a.png", "--prompt", "p"], "cut cannot be loaded"),
     (["compare", "--image", "a.png", "--prompt", "is <image> there"], "leave '<image>' out"),
