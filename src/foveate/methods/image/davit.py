@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -49,18 +50,25 @@ _REPOSITORIES = {
 _CODE = "released code's comments"
 
 
+@functools.lru_cache(maxsize=8)
+def _on_meta(name: str) -> Davit:
+    with torch.device("meta"):
+        return Davit.named(name)
+
+
 def _meta(name: str) -> Callable[[], nn.Module]:
-    return lambda: Davit.named(name)
+    return lambda: _on_meta(name)
 
 
 def _picture(side: int) -> Callable[[], Sequence[Any]]:
     return lambda: (torch.empty(1, 3, side, side),)
 
 
-def _growth(cls: type[Davit]) -> float:
+def _growth(_: type[Davit]) -> float:
     """FLOPs of the features of a picture of 448 x 448 px over those of 224 x 224 px."""
+    counts = []
     with torch.device("meta"):
-        model, counts = cls.named("tiny"), []
+        model = _on_meta("tiny").eval()
         for side in (448, 224):
             with FlopCounterMode(display=False) as counter:
                 model.forward_features(torch.empty(1, 3, side, side))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 what its tiny-vit does at 96 px."""
 
 
+@functools.lru_cache(maxsize=4)
+def _on_meta(name: str) -> StripMlp:
+    with torch.device("meta"):
+        return StripMlp.named(name)
+
+
 def _meta(name: str) -> Callable[[], nn.Module]:
-    return lambda: StripMlp.named(name)
+    return lambda: _on_meta(name)
 
 
 def _weights(channels: int, length: int) -> Callable[[Any], float]:
-    def count(cls: type[StripMlp]) -> float:
+    def count(_: type[StripMlp]) -> float:
         with torch.device("meta"):
             return float(sum(weight.numel() for weight in StripLinear(channels, length).parameters()))
 
