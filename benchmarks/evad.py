@@ -9,26 +9,23 @@ best: what is left besides matrix products then weighs what it costs.
 `videomae` is the same for `foveate.apply(videomae, "evad")` on such an encoder alone. There a layer's output comes from
 the model's own attention, and the scores from another pass over its queries and keys.
 
-`memory`: a process of its own for each setting, from just before one forward to its peak: resident bytes above the
-model's and the clip's, as Linux counts them (VmHWM), so not the sum of all tensors.
+`peak_bytes` is the most that one forward has allocated at a time, above weights and clip.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llava_shaped import write
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from foveate.apply import apply
 from foveate.measure.flops import count_flops
@@ -71,21 +68,13 @@ def build(options: argparse.Namespace) -> tuple[EvadDetector, Tensor]:
     return detector, torch.randn(1, 3, frames, options.side, options.side)
 
 
-def memory(options: argparse.Namespace, setting: dict[str, float]) -> dict[str, int]:
-    """Resident bytes before a forward, and how far its peak is above them."""
-    detector, clip = build(options)
+def peak_bytes(detector: EvadDetector, clip: Tensor, setting: dict[str, float]) -> int:
+    """Most bytes that one forward has allocated at a time, of what PyTorch allocates: tensors, scratch of kernels."""
     detector.set_dropout(**setting)
-    # Forgets the peak so far: making random weights takes more than they do.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmRSS")
-    with torch.no_grad():
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         detector(clip)
-    return {"before": before, "above": _status("VmHWM") - before}
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return int(np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]).max())
 
 
 def timed(detector: EvadDetector, clip: Tensor, parts: Parts, setting: dict[str, float], pairs: int) -> dict[str, Any]:
@@ -158,17 +147,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = [pool.submit(memory, options, setting).result() for setting in (DENSE, *SETTINGS)]
-    print(peaks)
     detector, clip = build(options)
+    dense_peak = peak_bytes(detector, clip, DENSE)
+    peaks = [peak_bytes(detector, clip, setting) for setting in SETTINGS]
     parts = Parts(detector)
     results = []
-    for setting, peak in zip(SETTINGS, peaks[1:]):
+    for setting, peak in zip(SETTINGS, peaks):
         row = timed(detector, clip, parts, setting, options.pairs)
-        row["memory"] = {
-            "dense_bytes": peaks[0]["above"], "dropped_bytes": peak["above"], "resident_before_bytes": peak["before"],
-        }  # fmt: skip
+        row["peak_bytes"] = {"dense": dense_peak, "dropped": peak}
         row["videomae"] = applied(options, setting)
         results.append(row)
         print(row)

@@ -52,7 +52,8 @@ class Attention:
         return attention_rows(query, self.key, index, self.scaling, self.causal, self.valid)
 
     def received(self, queries: Tensor | None = None) -> Tensor:
-        """(B, S) attention that each token receives, averaged over heads and over the rows in `queries` (B, S) bool.
+        """(B, S) attention that each token receives, averaged over heads and over the rows in `queries` (B, S): bool,
+        or the rows' weights in the mean.
 
         With all rows as queries the result sums to 1 (each softmax row does).
         """

@@ -227,13 +227,10 @@ class Evad(Method):
             score = self.lot(count, at.layer).to(tokens.x.device).expand(batch, -1)
         else:
             attention = at.signals.attention(at.layer)
-            rows = torch.zeros(batch, attention.length, dtype=torch.bool, device=keyframe.device)
-            rows.scatter_(1, attention.visual, keyframe)
-            score = attention.received() * attention.length
-            if self.weight != 1:
-                # The sum over the keyframe's rows is in there once.
-                score = score + (self.weight - 1) * rows.sum(1, keepdim=True) * attention.received(rows)
-            score = score.gather(1, attention.visual)
+            rows = torch.where(keyframe, self.weight, 1.0)
+            # A weighted mean instead of the sum: the order is the same.
+            weights = torch.zeros(batch, attention.length, device=rows.device).scatter_(1, attention.visual, rows)
+            score = attention.received(weights).gather(1, attention.visual)
         return tokens.keep(self.chosen(score, keyframe, left))
 
     def lot(self, count: int, layer: int) -> Tensor:
