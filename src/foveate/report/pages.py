@@ -133,7 +133,7 @@ def method_page(cls: type[Published], ours: Sequence[float], results: Mapping[st
         file=f"src/{cls.__module__.replace('.', '/')}.py",
         name=cls.__name__,
         applied=issubclass(cls, Method),
-        says=inspect.getdoc(cls) or card.summary,
+        says=_markdown(inspect.getdoc(cls) or card.summary),
         switches=[name for name in defaults if _DISAGREE.search(card.parameters.get(name, ""))],
         stages={stage: STAGES[stage] for stage in stages(cls)},
         families={name: FAMILIES.get(name, "") for name in card.hosts},
@@ -165,6 +165,16 @@ def hyperparameters(cls: type[Published]) -> dict[str, Any]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = {name: one for name, one in inspect.signature(cls).parameters.items() if one.kind not in kinds}
     return {name: one.default for name, one in found.items()}
+
+
+def _markdown(text: str) -> str:
+    """A docstring with its sections (Args, Raises) as lists; all else in it is Markdown."""
+
+    def section(found: re.Match[str]) -> str:
+        items = re.sub(r"^    (?=\S)", "- ", found[2], flags=re.MULTILINE)
+        return f"{found[1]}:\n\n" + re.sub(r"^ {8}", "  ", items, flags=re.MULTILINE)
+
+    return re.sub(r"^(Args|Attributes|Raises|Returns):\n((?: {4}.*\n?)+)", section, text, flags=re.MULTILINE)
 
 
 def _of_kind(cls: type[Published], kind: str) -> bool:
