@@ -25,7 +25,7 @@ from foveate.measure.environment import environment
 _ROOT = Path(__file__).parent.parent
 _MARKERS = "osD^vPX*"
 # Baselines are grey, so that no method is.
-_COLOURS = [f"C{number}" for number in range(10) if number != 7]
+_COLOURS = [*(f"C{number}" for number in range(10) if number != 7), "#393b79", "#637939", "#e7ba52", "#5b2c1f"]
 
 
 def main() -> None:
@@ -71,14 +71,15 @@ def main() -> None:
         del results["overlays"]
         write(options.result, options, {"comparison": results})
 
-    baselines = [name for name in missing if name not in options.methods]
-    comparison = compare(
-        model, processor, samples, [name for name in missing if name in options.methods], budgets=options.budgets,
-        baselines=baselines, batch_size=options.batch_size, timing_pairs=options.pairs, seed=options.seed, on_row=save,
-    )  # fmt: skip
-    whole = so_far(comparison.shown)
-    keep(whole)
-    figure = draw(whole)
+    if missing:
+        baselines = [name for name in missing if name not in options.methods]
+        comparison = compare(
+            model, processor, samples, [name for name in missing if name in options.methods], budgets=options.budgets,
+            baselines=baselines, batch_size=options.batch_size, timing_pairs=options.pairs, seed=options.seed,
+            on_row=save,
+        )  # fmt: skip
+        keep(so_far(comparison.shown))
+    figure = draw(so_far())
     for suffix in (".png", ".svg"):
         file = io.BytesIO()
         figure.savefig(file, format=suffix[1:], dpi=160)
