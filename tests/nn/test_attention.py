@@ -81,6 +81,10 @@ def test_rows_and_received(
     few = torch.zeros(B, S, dtype=torch.bool)
     few[0, 2] = few[1, 5] = True
     assert torch.allclose(attention.received(few)[1], expected[1, :, 5].mean(0), atol=1e-5)
+    # Row weights that add up to less than one; row 5 counts three times as much as row 6.
+    uneven = torch.tensor([0, 0, 0, 0, 0, 0.3, 0.1]).expand(B, -1)
+    wanted = (0.75 * expected[:, :, 5] + 0.25 * expected[:, :, 6]).mean(1)
+    assert torch.allclose(attention.received(uneven), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups, padded", [(4, False), (4, True), (2, True), (1, False)])

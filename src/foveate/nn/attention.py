@@ -61,7 +61,8 @@ class Attention:
         asked = self.present if queries is None else queries
         if asked is None:
             asked = torch.ones(batch, length, dtype=torch.bool, device=self.query.device)
-        weight = asked.float() / (heads * asked.sum(1, keepdim=True).clamp(min=1))
+        asked = asked.float()
+        weight = asked / (heads * asked.sum(1, keepdim=True).clamp(min=1e-30))
         total = torch.zeros_like(weight)
         for _, rows, block in self._blocks():
             # Heads and rows are summed in one product: (B, 1, h * R) x (B, h * R, E).
