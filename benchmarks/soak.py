@@ -46,6 +46,8 @@ from tiny import IMAGE, PAD, VIDEO, prompt, single, vlm
 
 TOLERANCE = 1e-4
 """Of logits, times the greatest of them where that is above 1."""
+PRECISE = 1e-6
+"""The same in float64: generate hands out logits in float32."""
 TIE = 1e-5
 STEPS = 4
 """Tokens that are generated."""
@@ -74,7 +76,10 @@ SWITCHES: dict[str, dict[str, Sequence[Any]]] = {
     },
     "fastv": {"queries": ("all",), "layer": (1, 3)},
     "fopru": {"strategy": ("row",), "queries": ("patches", "class"), "layer": (0, 2)},
-    "globalcom2": {"order": ("score",), "single": ("bypass",), "full": ("budgets",), "mix": (0.0, 1.0)},
+    "globalcom2": {
+        "order": ("score",), "single": ("bypass",), "full": ("budgets",), "mix": (0.0, 1.0),
+        "newlines": ("every",),
+    },
     "hired": {"alpha": (0.0, 0.2, 1.0), "regions": ("strips",), "score": ("count",)},
     "mustdrop": {
         "window": (2,), "order": ("spatial",), "key": (0.0, 0.5), "cache": ("full",), "positions": ("original",),
@@ -269,7 +274,7 @@ def run(combination: Combination, dtype: torch.dtype = torch.float32) -> Outcome
     model = host(combination.host, combination.layers, combination.image)
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
-    tolerance = TOLERANCE if dtype == torch.float32 else 1e-9
+    tolerance = TOLERANCE if dtype == torch.float32 else PRECISE
     given = _given(model, combination, "left", dtype)
     to_the_right = _given(model, combination, "right", dtype)
     alone = [single(model, given, b) for b in range(len(combination.samples))]

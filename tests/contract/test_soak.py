@@ -48,6 +48,11 @@ def batch(soak: Any, method: str, **settings: Any) -> Any:
     )  # fmt: skip
 
 
+def test_in_float64_it_is_a_hundred_times_stricter(soak: Any) -> None:
+    outcome = soak.run(batch(soak, "pyramiddrop"), torch.float64)
+    assert outcome.outcome == "same" and soak.PRECISE <= soak.TOLERANCE / 100
+
+
 class ByRow(Method):
     """Wrong on purpose: rows with odd numbers keep other patches."""
 
