@@ -20,14 +20,18 @@ def test_llava_7b_in_particular() -> None:
     assert architecture("llava-1.5-7b").parameters == 7_063_427_072
 
 
-@pytest.mark.parametrize(("name", "visual", "text"), [("llava-1.5-7b", 576, 3), ("llava-onevision-7b", 392, 5)])
+@pytest.mark.parametrize(
+    ("name", "visual", "text"), [("llava-1.5-7b", 576, 3), ("llava-onevision-7b", 392, 5), ("internvl2-8b", 256, 4)]
+)
 def test_a_twin_has_the_depth_and_the_tokens(name: str, visual: int, text: int) -> None:
     shape = architecture(name)
     model, inputs = shape.twin(visual, text)
     with torch.inference_mode():
         cache = model(**inputs, use_cache=True).past_key_values
     assert [layer.keys.shape[2] for layer in cache.layers] == [visual + text] * shape.text["num_hidden_layers"]
-    assert len(model.model.vision_tower.encoder.layers) == shape.vision["num_hidden_layers"]
+    encoder = model.model.vision_tower.encoder
+    depth = len(encoder.layer if name.startswith("internvl") else encoder.layers)
+    assert depth == shape.vision["num_hidden_layers"]
     again, same = shape.twin(visual, text)
     assert torch.equal(inputs["pixel_values"], same["pixel_values"])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))

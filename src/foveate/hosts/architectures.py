@@ -137,6 +137,7 @@ class Architecture:
             vocab_size=_TWIN_VOCABULARY, max_position_embeddings=2 * (crops * rows * columns + text),
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
+        # CLIP's, SigLIP's or InternVL's.
         seen: type[CLIPVisionConfig] | type[SiglipVisionConfig] = getattr(transformers, self.vision_config)
         side = (rows * _TWIN_PATCH, columns * _TWIN_PATCH)
         narrow_vision = seen(
@@ -202,6 +203,24 @@ _QWEN2_7B: dict[str, Any] = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
+_INTERNLM2_7B: dict[str, Any] = {
+    # InternLM2 is LLaMA with one matrix for queries, keys and values.
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 92553,
+}
+_INTERNVIT_300M: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "attention_bias": True,
+    "image_size": 448,
+    "patch_size": 14,
+}
 _SIGLIP_SO400M: dict[str, Any] = {
     # The checkpoint's 27th layer is left out: the model uses the output of the 26th.
     "hidden_size": 1152,
@@ -235,6 +254,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
             # 27 x 27 patches a frame, pooled.
             crop_grid=(14, 14), residual_adds=1,
+        ),
+        Architecture(
+            "internvl2-8b", "InternVLForConditionalGeneration", "InternVLConfig", 8_075_365_376,
+            "OpenGVLab/InternVL2-8B", _INTERNVIT_300M, "InternVLVisionConfig", _INTERNLM2_7B, "LlamaConfig",
+            {"vision_feature_layer": -1, "vision_feature_select_strategy": "default", "tie_word_embeddings": False},
+            # 32 x 32 patches a tile, joined.
+            crop_grid=(16, 16),
         ),
         Architecture(
             "clip-l-14-336", "CLIPVisionModel", "CLIPVisionConfig", 303_507_456, "openai/clip-vit-large-patch14-336",
