@@ -1,4 +1,4 @@
-"""InternVL with methods applied: its own tower, patches joined 2x2 before the projector, pictures in tiles."""
+"""InternVL: its own tower, patches joined 2x2 before the projector, tiles; see also contract/test_vlm_hosts.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_llava import METHODS, by_hand, fingerprint, generate, lively, logits, none, odd, supervise
+from test_llava import by_hand
 from test_llava_onevision import entering, flat
 from torch import Tensor
 
@@ -16,9 +16,9 @@ import foveate
 from foveate.method import InputError, Method, Stage, registry
 from foveate.tokens import Tokens
 from reference import prompt_embeddings
-from tiny import IMAGE, probe, prompt, single, vlm
+from running import logits, odd
+from tiny import IMAGE, probe, prompt, vlm
 
-ALL = pytest.mark.parametrize("name, settings", METHODS, ids=lambda value: value if isinstance(value, str) else "")
 SAMPLES = [(2, 0, 0, 5), (4,), (0, 3, 6)]
 """A picture of three tiles; none; two pictures, one of which opens the prompt."""
 SIDE = 8
@@ -54,9 +54,8 @@ def run_tower(model: Any, pixels: Tensor, change: Callable[[int, Tensor], Tensor
 # -- nothing changed, nothing left behind
 
 
-@pytest.mark.parametrize("config", ({}, {"vision_feature_layer": -2}), ids=("last", "before"))
-def test_methods_that_keep_everything_change_no_bit(config: dict[str, Any]) -> None:
-    model = build(**config)
+def test_methods_that_keep_everything_change_no_bit_of_features_of_an_earlier_layer() -> None:
+    model = build(vision_feature_layer=-2)
     inputs = given(model)
     dense = logits(model, inputs)
     for name, cls in registry().items():
@@ -67,21 +66,6 @@ def test_methods_that_keep_everything_change_no_bit(config: dict[str, Any]) -> N
     for stage, layer in (("vision.layer", 2), ("vision.mlp", 1), ("vision.output", -1), ("llm.layer", 1)):
         with foveate.apply(model, probe(stage, lambda tokens, at: tokens.mask(), layer=layer)):
             assert torch.allclose(logits(model, inputs)[real], dense[real], atol=1e-5), stage
-
-
-@ALL
-def test_the_model_is_as_before(name: str, settings: dict[str, Any]) -> None:
-    model = build()
-    inputs = given(model)
-    dense, before, weights = logits(model, inputs), fingerprint(model), copy.deepcopy(model.state_dict())
-    applied = foveate.apply(model, name, **settings)
-    changed = logits(model, inputs)
-    generate(model, inputs, max_new_tokens=2)
-    applied.remove()
-    assert not torch.equal(changed, dense)
-    assert torch.equal(logits(model, inputs), dense)
-    assert fingerprint(model) == before
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 # -- what a stage acts on
@@ -213,144 +197,6 @@ def test_a_smaller_picture_equals_the_model_on_a_smaller_picture(keep: float, gr
     # Each stands for the part of the picture that it covers, in cells.
     covers = [(y * rows // 4) * columns + x * columns // 4 for y in range(4) for x in range(4)]
     assert applied.trace[-1].source[0].tolist() == covers
-
-
-# -- generation and batches
-
-
-@ALL
-def test_generation_is_the_same_without_cache_and_alone(name: str, settings: dict[str, Any]) -> None:
-    model = build()
-    inputs = given(model)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, name, **settings):
-        tokens = generate(model, inputs)
-        assert torch.equal(generate(model, inputs, use_cache=False), tokens)
-        for b, inputs_b in enumerate(alone):
-            assert torch.equal(generate(model, inputs_b)[0], tokens[b])
-
-
-STAGES = [
-    ("vision.patches", -1), ("vision.layer", 2), ("vision.mlp", 1), ("vision.output", -1), ("projector", -1),
-    ("llm.layer", 0), ("llm.layer", 3),
-]  # fmt: skip
-each_stage = pytest.mark.parametrize("stage, layer", STAGES)
-
-
-@each_stage
-@pytest.mark.parametrize("rule", (odd, lively, none))
-def test_any_stage_with_and_without_cache(stage: str, layer: int, rule: Any) -> None:
-    model = build()
-    inputs = given(model)
-    with foveate.apply(model, probe(stage, rule, layer=layer, renumbers=False)):
-        cached = generate(model, inputs, max_new_tokens=4)
-        assert torch.equal(cached, generate(model, inputs, max_new_tokens=4, use_cache=False))
-
-
-@pytest.mark.parametrize("name, settings", [METHODS[0], METHODS[2]], ids=("fopru", "pyramiddrop"))
-def test_beams(name: str, settings: dict[str, Any]) -> None:
-    model = build()
-    inputs = given(model)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, name, **settings) as applied:
-        beams = generate(model, inputs, num_beams=3)
-        assert torch.equal(generate(model, inputs, num_beams=3, use_cache=False), beams)
-        for b, inputs_b in enumerate(alone):
-            assert torch.equal(generate(model, inputs_b, num_beams=3)[0], beams[b])
-        generate(model, inputs, num_beams=3, max_new_tokens=1)
-        entry = next(record for record in applied.trace if record.stage == "llm.input")
-        # The tiles went to the copies of their own samples.
-        assert entry.tokens_in[:3] == (entry.tokens_in[0],) * 3 and entry.tokens_in[3:6] == (0, 0, 0)
-        for b in (1, 2):
-            assert torch.equal(entry.source[b], entry.source[0]) and torch.equal(entry.source[6 + b], entry.source[6])
-
-
-@pytest.mark.parametrize("padding", ("left", "right"))
-@ALL
-def test_a_batch_equals_single_runs(name: str, settings: dict[str, Any], padding: str) -> None:
-    model = build()
-    inputs = given(model, padding=padding)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, name, **settings):
-        together = logits(model, inputs)
-        for b, inputs_b in enumerate(alone):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
-@each_stage
-def test_samples_that_keep_different_numbers(stage: str, layer: int, implementation: str) -> None:
-    """The tower's layers hand no mask to their attention; what is padding there is hidden all the same."""
-    model = build()
-    inputs = given(model)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    model.set_attn_implementation(implementation)
-    with foveate.apply(model, probe(stage, lively, layer=layer)) as applied:
-        together = logits(model, inputs)
-        record = next(one for one in applied.trace if one.stage.startswith(stage))
-        assert len(set(record.tokens_out)) > 1
-        for b, inputs_b in enumerate(alone):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
-
-
-# -- training, precision, attention
-
-
-@ALL
-def test_training(name: str, settings: dict[str, Any]) -> None:
-    model = build().train()
-    inputs = supervise(given(model, padding="right"))
-    with foveate.apply(model, name, **settings):
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        plain = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
-        model.zero_grad()
-        model.gradient_checkpointing_enable()
-        model(**inputs, use_cache=False).loss.backward()
-        for key, weight in model.named_parameters():
-            if key in plain:
-                assert torch.allclose(weight.grad, plain[key], atol=1e-5), key
-    assert torch.isfinite(loss)
-    for part in ("language_model.layers.3", "multi_modal_projector", "vision_tower.encoder.layer.0"):
-        assert any(part in key and grad.abs().sum() > 0 for key, grad in plain.items()), part
-
-
-@ALL
-def test_bfloat16(name: str, settings: dict[str, Any]) -> None:
-    model = build()
-    inputs = given(model)
-    model.to(torch.bfloat16)
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    with foveate.apply(model, name, **settings):
-        result = model(**inputs).logits
-        assert result.dtype == torch.bfloat16 and bool(result.isfinite().all())
-        assert generate(model, inputs, max_new_tokens=2).shape == (3, 2)
-
-
-@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
-@ALL
-def test_the_implementation_stays(
-    implementation: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build()
-    inputs = given(model)
-    with foveate.apply(model, name, **settings):
-        expected = logits(model, inputs)
-        model.set_attn_implementation(implementation)
-        calls = 0
-        attend = torch.nn.functional.scaled_dot_product_attention
-
-        def counting(*args: Any, **kwargs: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return attend(*args, **kwargs)
-
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
-        real = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
-        assert torch.allclose(logits(model, inputs)[real], expected[real], atol=1e-4)
-        assert calls == (5 + 4 if implementation == "sdpa" else 0)
 
 
 # -- provenance and signals

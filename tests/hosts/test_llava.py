@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-NeXT with methods applied, against the model's own layers run by hand and against single runs."""
+"""LLaVA and LLaVA-NeXT against the model's own layers run by hand; see also contract/test_vlm_hosts.py."""
 
 from __future__ import annotations
 
@@ -11,36 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import foveate
-from foveate.method import InputError, Method, Stage, registry
+from foveate.method import InputError, Method, Stage
 from foveate.tokens import Tokens
+from running import METHODS, fingerprint, generate, lively, logits, none, odd, supervise
 from tiny import IMAGE, LLAVA, VLMS, probe, prompt, single, vlm
 
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("fopru", {"keep": 0.5}),
-    ("vtc-cls", {"keep": 0.4}),
-    ("pyramiddrop", {}),
-    ("aim", {"keep": 0.5, "step": 0.3, "first_layer": 1}),
-    ("aim", {"keep": 0.5, "metric": "features", "step": 0.6, "first_layer": 1, "removed": "mask"}),
-    ("pool", {"keep": 0.5}),
-    ("resolution", {"keep": 0.5}),
-]
 ALL = pytest.mark.parametrize("name, settings", METHODS, ids=lambda value: value if isinstance(value, str) else "")
 MIXED = [(2, 5), (4,), (0, 3, 6)]
 """One image; none; two, one of which opens the prompt. Of different lengths, so that there is padding."""
-
-
-def odd(tokens: Tokens, at: Stage) -> Tensor:
-    """Every other visual token."""
-    return torch.arange(tokens.x.shape[1]).expand(tokens.x.shape[:2]) % 2 == 1
-
-
-def lively(tokens: Tokens, at: Stage) -> Tensor:
-    """As many as have a positive first feature: another number in each sample."""
-    return tokens.x[..., 0] > 0
-
-
-def none(tokens: Tokens, at: Stage) -> Tensor:
-    return torch.zeros(tokens.x.shape[:2], dtype=torch.bool)
 
 
 @torch.no_grad()
@@ -73,60 +51,7 @@ def by_hand(model: Any, embeds: Tensor, left: dict[int, list[int]], renumber: bo
     return model.lm_head(language.norm(hidden))[0]
 
 
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits
-
-
-def generate(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
-    start = inputs["input_ids"].shape[1]
-    return model.generate(**inputs, **{"max_new_tokens": 6, "do_sample": False} | settings)[:, start:]
-
-
 # -- nothing changed, nothing left behind
-
-
-@pytest.mark.parametrize("host", VLMS)
-def test_methods_that_keep_everything_change_no_bit(host: str) -> None:
-    model = vlm(host)
-    inputs = prompt(model, MIXED)
-    dense = logits(model, inputs)
-    for name, cls in registry().items():
-        if cls.card.identity is not None and "hf-vlm" in cls.card.hosts:
-            with foveate.apply(model, name, **cls.card.identity):
-                assert torch.equal(logits(model, inputs), dense), name
-    everything = probe("llm.layer", lambda tokens, at: tokens.mask(), layer=1)
-    with foveate.apply(model, everything):
-        real = inputs["attention_mask"].bool()
-        assert torch.allclose(logits(model, inputs)[real], dense[real], atol=1e-5)
-
-
-def fingerprint(model: Any) -> Any:
-    modules = list(model.modules())
-    return (
-        [(sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules],
-        [(len(module._forward_hooks_with_kwargs), len(module._forward_hooks_always_called)) for module in modules],
-        model.config.to_dict(),
-        [getattr(module.config, "_attn_implementation", None) for module in modules if hasattr(module, "config")],
-    )
-
-
-@pytest.mark.parametrize("host", ("clip-qwen2", "next"))
-@ALL
-def test_the_model_is_as_before(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = vlm(host)
-    inputs = prompt(model, MIXED)
-    dense, before, weights = logits(model, inputs), fingerprint(model), copy.deepcopy(model.state_dict())
-    applied = foveate.apply(model, name, **settings)
-    changed = logits(model, inputs)
-    generate(model, inputs, max_new_tokens=2)
-    assert list(model.state_dict()) == list(weights)
-    applied.remove()
-    applied.remove()
-    assert not torch.equal(changed, dense)
-    assert torch.equal(logits(model, inputs), dense)
-    assert fingerprint(model) == before
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_the_model_is_as_before_after_an_error() -> None:
@@ -199,19 +124,6 @@ def test_dropping_before_the_language_model_equals_a_shorter_prompt(host: str) -
 # -- generation
 
 
-@pytest.mark.parametrize("host", VLMS)
-@ALL
-def test_generation_is_the_same_without_cache_and_alone(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = vlm(host)
-    inputs = prompt(model, MIXED)
-    alone = [single(model, inputs, b) for b in range(len(MIXED))]
-    with foveate.apply(model, name, **settings):
-        tokens = generate(model, inputs)
-        assert torch.equal(generate(model, inputs, use_cache=False), tokens)
-        for b, inputs_b in enumerate(alone):
-            assert torch.equal(generate(model, inputs_b)[0], tokens[b])
-
-
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("renumbers", (True, False))
 @pytest.mark.parametrize("rule", (odd, lively, none))
@@ -222,53 +134,10 @@ def test_any_layer_with_and_without_cache(layer: int, renumbers: bool, rule: Any
         assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
 
 
-@pytest.mark.parametrize("name, settings", METHODS[:4], ids=lambda value: value if isinstance(value, str) else "")
-def test_beams_and_samples(name: str, settings: dict[str, Any]) -> None:
-    model = vlm()
-    inputs = prompt(model, MIXED)
-    alone = [single(model, inputs, b) for b in range(len(MIXED))]
-    with foveate.apply(model, name, **settings):
-        beams = generate(model, inputs, num_beams=3)
-        assert torch.equal(generate(model, inputs, num_beams=3, use_cache=False), beams)
-        for b, inputs_b in enumerate(alone):
-            assert torch.equal(generate(model, inputs_b, num_beams=3)[0], beams[b])
-        assert generate(model, inputs, do_sample=True, num_return_sequences=2).shape == (6, 6)
-
-
 # -- batches
 
 
-@pytest.mark.parametrize("padding", ("left", "right"))
-@pytest.mark.parametrize("host", VLMS)
-@ALL
-def test_a_batch_equals_single_runs(host: str, name: str, settings: dict[str, Any], padding: str) -> None:
-    model = vlm(host)
-    sizes = [(24, 12), (10, 40), (30, 30)] if host == "next" else None
-    inputs = prompt(model, MIXED, padding=padding, sizes=sizes)
-    alone = [single(model, inputs, b) for b in range(len(MIXED))]
-    with foveate.apply(model, name, **settings):
-        together = logits(model, inputs)
-        for b, inputs_b in enumerate(alone):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
-
-
 STAGES = [("vision.patches", -1), ("vision.layer", 2), ("vision.output", -1), ("projector", -1), ("llm.layer", 0)]
-
-
-@pytest.mark.parametrize("host", ("clip-llama", "siglip-qwen2", "next"))
-@pytest.mark.parametrize("stage, layer", [*STAGES, ("llm.layer", 2)])
-def test_samples_that_keep_different_numbers(host: str, stage: str, layer: int) -> None:
-    model = vlm(host)
-    inputs = prompt(model, MIXED)
-    alone = [single(model, inputs, b) for b in range(len(MIXED))]
-    with foveate.apply(model, probe(stage, lively, layer=layer)) as applied:
-        together = logits(model, inputs)
-        record = next(one for one in applied.trace if one.stage.startswith(stage))
-        assert len(set(record.tokens_out)) > 1
-        for b, inputs_b in enumerate(alone):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
 
 
 def test_a_sequence_that_is_laid_anew_without_getting_shorter() -> None:
@@ -283,39 +152,6 @@ def test_a_sequence_that_is_laid_anew_without_getting_shorter() -> None:
 
 
 # -- training
-
-
-def supervise(inputs: dict[str, Tensor], answer: int = 3) -> dict[str, Tensor]:
-    """Labels on the last `answer` tokens of each sample but the second, which has none."""
-    labels = torch.full_like(inputs["input_ids"], -100)
-    for b in range(len(labels)):
-        places = inputs["attention_mask"][b].nonzero().squeeze(1)[-answer:]
-        labels[b, places] = inputs["input_ids"][b, places]
-    if len(labels) > 1:
-        labels[1] = -100
-    return {**inputs, "labels": labels}
-
-
-@pytest.mark.parametrize("host", ("clip-llama", "siglip-qwen2", "next"))
-@pytest.mark.parametrize("checkpointing", (False, True))
-@ALL
-def test_training(host: str, name: str, settings: dict[str, Any], checkpointing: bool) -> None:
-    model = vlm(host).train()
-    inputs = supervise(prompt(model, MIXED, padding="right"))
-    with foveate.apply(model, name, **settings):
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        plain = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
-        if checkpointing:
-            model.zero_grad()
-            model.gradient_checkpointing_enable()
-            model(**inputs, use_cache=False).loss.backward()
-            for key, weight in model.named_parameters():
-                if key in plain:
-                    assert torch.allclose(weight.grad, plain[key], atol=1e-5), key
-    assert torch.isfinite(loss)
-    for part in ("language_model.layers.3", "multi_modal_projector", "vision_tower.encoder.layers.0"):
-        assert any(part in key and grad.abs().sum() > 0 for key, grad in plain.items()), part
 
 
 def test_the_loss_is_that_of_the_shortened_sequence() -> None:
@@ -346,51 +182,6 @@ def test_ranking_passes_no_gradient_and_skips_samples_without_an_answer() -> Non
     with foveate.apply(model.train(), probe("llm.layer", watch, layer=1, reads=("llm.attention[0]",))):
         model(**inputs).loss.backward()
     assert grown == [False]
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@ALL
-def test_half_precision(dtype: torch.dtype, name: str, settings: dict[str, Any]) -> None:
-    model = vlm()
-    inputs = prompt(model, MIXED)
-    model.to(dtype)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with foveate.apply(model, name, **settings):
-        result = model(**inputs).logits
-        assert result.dtype == dtype and bool(result.isfinite().all())
-        assert generate(model, inputs, max_new_tokens=2).shape == (3, 2)
-
-
-# -- attention implementation
-
-
-@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
-@ALL
-def test_the_implementation_stays(
-    implementation: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = vlm()
-    inputs = prompt(model, MIXED)
-    with foveate.apply(model, name, **settings):
-        expected = logits(model, inputs)
-        model.set_attn_implementation(implementation)
-        calls = 0
-        attend = torch.nn.functional.scaled_dot_product_attention
-
-        def counting(*args: Any, **kwargs: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            assert model.config._attn_implementation == implementation
-            return attend(*args, **kwargs)
-
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
-        # Rows of tokens that see nothing, padding and hidden ones at the start, are anything.
-        real = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
-        assert torch.allclose(logits(model, inputs)[real], expected[real], atol=1e-4)
-        # One for each layer of both models: methods add none.
-        assert calls == (5 + 4 if implementation == "sdpa" else 0)
-        for config in (model.config, model.config.text_config, model.config.vision_config):
-            assert config._attn_implementation == implementation
 
 
 # -- conversations

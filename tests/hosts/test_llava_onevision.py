@@ -1,4 +1,4 @@
-"""LLaVA-OneVision with methods applied: pictures in crops, several whole ones, clips, and pictures it resamples."""
+"""LLaVA-OneVision: crops, several whole pictures, clips, pictures it resamples; see also contract/test_vlm_hosts.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_llava import METHODS, by_hand, fingerprint, generate, lively, logits, none, odd, supervise
+from test_llava import by_hand
 from torch import Tensor
 
 import foveate
-from foveate.method import InputError, Method, Stage, registry
+from foveate.method import InputError, Method, Stage
 from foveate.tokens import Tokens
 from reference import prompt_embeddings
+from running import METHODS, generate, logits, none, odd
 from tiny import IMAGE, VIDEO, probe, prompt, single, vlm
 
 SAMPLES = [(2, 5, 3), (4,), (1, 5), (0, 2, 3), (3, 2)]
@@ -29,17 +30,6 @@ HOSTS: dict[str, dict[str, Any]] = {
     "resampled": {"vision_aspect_ratio": "anyres_max_2"},
 }
 hosts = pytest.mark.parametrize("host", HOSTS)
-EVEN = [one for one in METHODS if one[0] != "aim"]
-"""AIM takes crops of equal numbers of tokens only, which the blocks of a resampled image are not."""
-
-
-def each(*pairs: tuple[str, tuple[str, dict[str, Any]]]) -> Any:
-    ids = ["-".join((host, name, *settings.get("metric", ""))) for host, (name, settings) in pairs]
-    return pytest.mark.parametrize("host, name, settings", [(host, *method) for host, method in pairs], ids=ids)
-
-
-ALL = each(*(("resampled", one) for one in EVEN), *(("crops", one) for one in METHODS if one[0] == "aim"))
-BOTH = each(*(("resampled", one) for one in EVEN), *(("crops", one) for one in METHODS))
 
 
 def build(host: str = "resampled", **config: Any) -> Any:
@@ -72,39 +62,6 @@ def entering(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     logits(model, inputs)
     handle.remove()
     return seen[0]
-
-
-# -- nothing changed, nothing left behind
-
-
-@hosts
-def test_methods_that_keep_everything_change_nothing(host: str) -> None:
-    model = build(host)
-    inputs = given(model)
-    dense = logits(model, inputs)
-    for name, cls in registry().items():
-        if cls.card.identity is not None and "hf-vlm" in cls.card.hosts:
-            with foveate.apply(model, name, **cls.card.identity):
-                assert torch.allclose(logits(model, inputs), dense, atol=1e-5), name
-    real = inputs["attention_mask"].bool()
-    for stage, layer in (("vision.layer", 2), ("vision.mlp", 1), ("vision.output", -1), ("llm.layer", 1)):
-        with foveate.apply(model, probe(stage, lambda tokens, at: tokens.mask(), layer=layer)):
-            assert torch.allclose(logits(model, inputs)[real], dense[real], atol=1e-5), stage
-
-
-@ALL
-def test_the_model_is_as_before(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = build(host)
-    inputs = given(model)
-    dense, before, weights = logits(model, inputs), fingerprint(model), copy.deepcopy(model.state_dict())
-    applied = foveate.apply(model, name, **settings)
-    changed = logits(model, inputs)
-    generate(model, inputs, max_new_tokens=2)
-    applied.remove()
-    assert not torch.equal(changed, dense)
-    assert torch.equal(logits(model, inputs), dense)
-    assert fingerprint(model) == before
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 # -- what a stage acts on
@@ -252,36 +209,9 @@ def test_what_was_dropped_in_the_tower_is_left_out_of_the_means() -> None:
 # -- generation
 
 
-@BOTH
-def test_generation_is_the_same_without_cache_and_alone(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = build(host)
-    inputs = given(model)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, name, **settings):
-        tokens = generate(model, inputs, max_new_tokens=4)
-        assert torch.equal(generate(model, inputs, max_new_tokens=4, use_cache=False), tokens)
-        for b, inputs_b in enumerate(alone):
-            assert torch.equal(generate(model, inputs_b, max_new_tokens=4)[0], tokens[b])
-
-
-STAGES = [
-    ("vision.patches", -1), ("vision.layer", 2), ("vision.mlp", 1), ("vision.output", -1), ("projector", -1),
-    ("llm.layer", 0), ("llm.layer", 3),
-]  # fmt: skip
-each_stage = pytest.mark.parametrize("stage, layer", STAGES)
-
-
-@each_stage
-@pytest.mark.parametrize("rule", (odd, lively))
-def test_any_stage_with_and_without_cache(stage: str, layer: int, rule: Any) -> None:
-    model = build()
-    inputs = given(model)
-    with foveate.apply(model, probe(stage, rule, layer=layer, renumbers=False)):
-        cached = generate(model, inputs, max_new_tokens=4)
-        assert torch.equal(cached, generate(model, inputs, max_new_tokens=4, use_cache=False))
-
-
-@pytest.mark.parametrize("stage, layer", STAGES[3:])
+@pytest.mark.parametrize(
+    "stage, layer", [("vision.output", -1), ("projector", -1), ("llm.layer", 0), ("llm.layer", 3)]
+)
 def test_nothing_is_left(stage: str, layer: int) -> None:
     model = build()
     inputs = given(model)
@@ -295,23 +225,6 @@ def test_nothing_is_left(stage: str, layer: int) -> None:
         words = inputs["input_ids"][4][inputs["attention_mask"][4].bool() & ~visual(inputs)[4]][None]
         assert torch.allclose(last[4, -1], logits(model, {"input_ids": words})[0, -1], atol=1e-4)
     assert torch.allclose(last[1, -1], logits(model, {"input_ids": text})[0, -1], atol=1e-4)
-
-
-@pytest.mark.parametrize("name, settings", [METHODS[0], METHODS[2]], ids=("fopru", "pyramiddrop"))
-def test_beams(name: str, settings: dict[str, Any]) -> None:
-    model = build()
-    inputs = given(model)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, name, **settings) as applied:
-        beams = generate(model, inputs, num_beams=3)
-        assert torch.equal(generate(model, inputs, num_beams=3, use_cache=False), beams)
-        for b, inputs_b in enumerate(alone):
-            assert torch.equal(generate(model, inputs_b, num_beams=3)[0], beams[b])
-        generate(model, inputs, num_beams=3, max_new_tokens=1)
-        entry = next(record for record in applied.trace if record.stage == "llm.input")
-        # Pictures and clips went to the copies of their own samples.
-        assert entry.tokens_in[0] == entry.tokens_in[2] > 0 and entry.tokens_in[3:6] == (0, 0, 0)
-        assert torch.equal(entry.source[0], entry.source[2]) and torch.equal(entry.source[12], entry.source[14])
 
 
 def test_features_that_were_computed_before() -> None:
@@ -333,34 +246,6 @@ def test_features_that_were_computed_before() -> None:
 
 
 # -- batches
-
-
-@pytest.mark.parametrize("padding", ("left", "right"))
-@BOTH
-def test_a_batch_equals_single_runs(host: str, name: str, settings: dict[str, Any], padding: str) -> None:
-    model = build(host)
-    inputs = given(model, padding=padding)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, name, **settings):
-        together = logits(model, inputs)
-        for b, inputs_b in enumerate(alone):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
-
-
-@hosts
-@each_stage
-def test_samples_that_keep_different_numbers(host: str, stage: str, layer: int) -> None:
-    model = build(host)
-    inputs = given(model)
-    alone = [single(model, inputs, b) for b in range(len(SAMPLES))]
-    with foveate.apply(model, probe(stage, lively, layer=layer)) as applied:
-        together = logits(model, inputs)
-        record = next(one for one in applied.trace if one.stage.startswith(stage))
-        assert len(set(record.tokens_out)) > 1
-        for b, inputs_b in enumerate(alone):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
 
 
 def test_pixels_that_come_as_one_list_of_crops() -> None:
@@ -388,65 +273,6 @@ def test_frames_of_an_odd_side() -> None:
                 assert torch.allclose(together[b, real], logits(model, inputs_b)[0], atol=1e-4)
             if name == "fopru":
                 assert applied.trace[0].tokens_in == (9,) * 2 and applied.host.grid() == (3, 3)
-
-
-# -- training, precision, attention
-
-
-@ALL
-def test_training(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = build(host).train()
-    inputs = supervise(given(model, padding="right"))
-    with foveate.apply(model, name, **settings):
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        plain = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
-        model.zero_grad()
-        model.gradient_checkpointing_enable()
-        model(**inputs, use_cache=False).loss.backward()
-        for key, weight in model.named_parameters():
-            if key in plain:
-                assert torch.allclose(weight.grad, plain[key], atol=1e-5), key
-    assert torch.isfinite(loss)
-    for part in ("language_model.layers.3", "multi_modal_projector", "vision_tower.encoder.layers.0"):
-        assert any(part in key and grad.abs().sum() > 0 for key, grad in plain.items()), part
-
-
-@ALL
-def test_bfloat16(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = build(host)
-    inputs = given(model)
-    model.to(torch.bfloat16)
-    inputs |= {key: inputs[key].bfloat16() for key in ("pixel_values", "pixel_values_videos")}
-    with foveate.apply(model, name, **settings):
-        result = model(**inputs).logits
-        assert result.dtype == torch.bfloat16 and bool(result.isfinite().all())
-        assert generate(model, inputs, max_new_tokens=2).shape == (5, 2)
-
-
-@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
-@each(*(("crops", one) for one in METHODS))
-def test_the_implementation_stays(
-    implementation: str, host: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build(host)
-    inputs = given(model)
-    with foveate.apply(model, name, **settings):
-        expected = logits(model, inputs)
-        model.set_attn_implementation(implementation)
-        calls = 0
-        attend = torch.nn.functional.scaled_dot_product_attention
-
-        def counting(*args: Any, **kwargs: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return attend(*args, **kwargs)
-
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
-        real = inputs["attention_mask"].bool() & ~visual(inputs)
-        assert torch.allclose(logits(model, inputs)[real], expected[real], atol=1e-4)
-        # One for each layer of the language model and of the tower, which runs for images and for clips.
-        assert calls == (5 + 5 + 4 if implementation == "sdpa" else 0)
 
 
 # -- provenance

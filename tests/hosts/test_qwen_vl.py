@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL with methods applied, against the model's own layers run by hand and against single runs."""
+"""Qwen2-VL and Qwen2.5-VL against the model's own layers run by hand; see also contract/test_vlm_hosts.py."""
 
 from __future__ import annotations
 
@@ -8,30 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_llava import fingerprint, generate, lively, logits, none, odd, supervise
 from test_signals import asking, close, eager
 from test_stages import acting
 from torch import Tensor
 
 import foveate
-from foveate.hosts.qwen_vl import QwenVLHost
-from foveate.method import Card, InputError, Method, Stage, method_class
+from foveate.method import Card, InputError, Method, Stage
 from foveate.nn.calls import AttentionCall, MlpCall
 from foveate.tokens import Tokens, compact
+from running import generate, lively, logits, none, odd, supervise
 from tiny import IMAGE, QWEN_VL, VIDEO, probe, prompt, single, vlm
 
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("fopru", {"keep": 0.5}),
-    ("fopru", {"keep": 0.5, "strategy": "row", "layer": 2}),
-    ("vtc-cls", {"keep": 0.4}),
-    ("pyramiddrop", {}),
-    ("aim", {"keep": 0.5, "step": 0.3, "first_layer": 1}),
-    ("aim", {"keep": 0.5, "metric": "features", "step": 0.6, "first_layer": 1, "removed": "mask"}),
-    ("random", {"keep": 0.5}),
-    ("grid", {"keep": 0.5}),
-    ("pool", {"keep": 0.5}),
-]
-ALL = pytest.mark.parametrize("name, settings", METHODS, ids=lambda value: value if isinstance(value, str) else "")
 HOSTS = pytest.mark.parametrize("host", QWEN_VL)
 MIXED: dict[str, Any] = {
     "samples": [(2, 5), (4,), (0, 3, 6), (3, 4)],
@@ -129,40 +116,6 @@ def test_the_reference_is_the_model(host: str) -> None:
         expected = by_hand(model, embeddings(model, alone), places, {})
         assert torch.allclose(logits(model, alone)[0], expected, atol=1e-4)
         assert model.model.rope_deltas is None or b == 1 or model.model.rope_deltas.item() == end - len(places)
-
-
-# -- nothing changed, nothing left behind
-
-
-@HOSTS
-def test_methods_that_keep_everything_change_no_bit(host: str) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    dense, real = logits(model, inputs), inputs["attention_mask"].bool()
-    for name in ("dense", "fopru", "vtc-cls", "pyramiddrop", "aim", "random", "grid", "pool"):
-        with foveate.apply(model, name, **(method_class(name).card.identity or {})) as applied:
-            assert torch.equal(logits(model, inputs), dense), name
-            assert type(applied.host) is QwenVLHost
-    for stage, layer in STAGES:
-        with foveate.apply(model, probe(stage, lambda tokens, at: tokens.mask(), layer=layer)):
-            assert torch.allclose(logits(model, inputs)[real], dense[real], atol=1e-5)
-
-
-@HOSTS
-@ALL
-def test_the_model_is_as_before(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    dense = logits(model, inputs)
-    before, weights = fingerprint(model), copy.deepcopy(model.state_dict())
-    applied = foveate.apply(model, name, **settings)
-    changed = logits(model, inputs)
-    assert list(model.state_dict()) == list(weights)
-    applied.remove()
-    assert not torch.equal(changed, dense)
-    assert torch.equal(logits(model, inputs), dense)
-    assert fingerprint(model) == before
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 # -- the layers by hand
@@ -364,71 +317,6 @@ def test_the_axis_that_only_counts_tokens_has_no_gaps(host: str, stage: str, lay
 
 
 @HOSTS
-@ALL
-def test_generation_is_the_same_without_cache_and_alone(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    with foveate.apply(model, name, **settings):
-        tokens = generate(model, inputs, max_new_tokens=5)
-        assert torch.equal(generate(model, inputs, max_new_tokens=5, use_cache=False), tokens)
-        for b in range(4):
-            assert torch.equal(generate(model, single(model, inputs, b), max_new_tokens=5)[0], tokens[b])
-
-
-@HOSTS
-@pytest.mark.parametrize("stage, layer", STAGES)
-@pytest.mark.parametrize("rule", (odd, lively, none))
-def test_any_stage_and_layer_with_and_without_cache(host: str, stage: str, layer: int, rule: Any) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    with foveate.apply(model, probe(stage, rule, layer=layer)):
-        cached = generate(model, inputs, max_new_tokens=4)
-        assert torch.equal(generate(model, inputs, max_new_tokens=4, use_cache=False), cached)
-
-
-@HOSTS
-@pytest.mark.parametrize("name, settings", (METHODS[0], METHODS[3], METHODS[4]))
-def test_beams_and_samples(host: str, name: str, settings: dict[str, Any]) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    with foveate.apply(model, name, **settings):
-        beams = generate(model, inputs, num_beams=3, max_new_tokens=5)
-        assert torch.equal(generate(model, inputs, num_beams=3, max_new_tokens=5, use_cache=False), beams)
-        for b in (0, 2):
-            alone = single(model, inputs, b)
-            assert torch.equal(generate(model, alone, num_beams=3, max_new_tokens=5)[0], beams[b])
-        drawn = generate(model, inputs, do_sample=True, num_return_sequences=2, max_new_tokens=2)
-        assert drawn.shape == (8, 2)
-
-
-@HOSTS
-@pytest.mark.parametrize("padding", ("left", "right"))
-@ALL
-def test_a_batch_equals_single_runs(host: str, name: str, settings: dict[str, Any], padding: str) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED, padding=padding)
-    with foveate.apply(model, name, **settings):
-        together = logits(model, inputs)
-        for b in range(4):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, single(model, inputs, b))[0], atol=1e-4)
-
-
-@HOSTS
-@pytest.mark.parametrize("stage, layer", STAGES)
-def test_samples_that_keep_different_numbers(host: str, stage: str, layer: int) -> None:
-    model = vlm(host)
-    inputs = prompt(model, [(2, 5), (1, 6), (3, 2), (0, 3, 6)], sizes=[(8, 8)] * 3 + [(6, 10), (2, 8, 4)])
-    with foveate.apply(model, probe(stage, lively, layer=layer)) as applied:
-        together = logits(model, inputs)
-        record = next(one for one in applied.trace if one.stage.startswith(stage))
-        assert len(set(record.tokens_out[:3])) > 1
-        for b in range(4):
-            real = inputs["attention_mask"][b].bool()
-            assert torch.allclose(together[b, real], logits(model, single(model, inputs, b))[0], atol=1e-4)
-
-
-@HOSTS
 def test_several_methods_at_once(host: str) -> None:
     model = vlm(host)
     inputs = prompt(model, **MIXED)
@@ -444,28 +332,6 @@ def test_several_methods_at_once(host: str) -> None:
 
 
 @HOSTS
-@pytest.mark.parametrize("checkpointing", (False, True))
-@ALL
-def test_training(host: str, name: str, settings: dict[str, Any], checkpointing: bool) -> None:
-    model = vlm(host).train()
-    inputs = supervise(prompt(model, **MIXED, padding="right"))
-    with foveate.apply(model, name, **settings):
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        plain = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
-        if checkpointing:
-            model.zero_grad()
-            model.gradient_checkpointing_enable()
-            model(**inputs, use_cache=False).loss.backward()
-            for key, weight in model.named_parameters():
-                if key in plain:
-                    assert torch.allclose(weight.grad, plain[key], atol=1e-5), key
-    assert torch.isfinite(loss)
-    for part in ("language_model.layers.3", "visual.merger", "visual.blocks.0"):
-        assert any(part in key and grad.abs().sum() > 0 for key, grad in plain.items()), part
-
-
-@HOSTS
 def test_the_loss_is_that_of_the_shortened_sequence(host: str) -> None:
     model = vlm(host)
     inputs = supervise(prompt(model, [(2, 6)], sizes=[(6, 10)]))
@@ -477,54 +343,6 @@ def test_the_loss_is_that_of_the_shortened_sequence(host: str) -> None:
         target = inputs["labels"][0, left]
         expected = torch.nn.functional.cross_entropy(rows[:-1], target[1:], ignore_index=-100)
         assert torch.allclose(loss, expected, atol=1e-5)
-
-
-@HOSTS
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision(host: str, dtype: torch.dtype) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    model.to(dtype)
-    for name in ("pixel_values", "pixel_values_videos"):
-        inputs[name] = inputs[name].to(dtype)
-    for name, settings in METHODS:
-        with foveate.apply(model, name, **settings):
-            result = logits(model, inputs)
-            assert result.dtype == dtype and bool(result.isfinite().all()), name
-    with foveate.apply(model, "fopru"):
-        assert generate(model, inputs, max_new_tokens=2).shape == (4, 2)
-
-
-# -- attention implementation
-
-
-@HOSTS
-@ALL
-def test_the_implementation_stays(
-    host: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = vlm(host)
-    inputs = prompt(model, **MIXED)
-    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
-
-    def counting(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(model.model.visual.config._attn_implementation)
-        return attend(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
-    logits(model, inputs)
-    dense = len(calls)
-    with foveate.apply(model, name, **settings):
-        calls.clear()
-        expected = logits(model, inputs)
-        # Methods add no call; the encoder's config is never touched.
-        assert calls == ["sdpa"] * dense
-        model.set_attn_implementation("eager")
-        calls.clear()
-        real = inputs["attention_mask"].bool() & (inputs["mm_token_type_ids"] == 0)
-        assert torch.allclose(logits(model, inputs)[real], expected[real], atol=1e-4)
-        assert not calls
-        assert model.config.text_config._attn_implementation == "eager"
 
 
 # -- conversations
