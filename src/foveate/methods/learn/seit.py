@@ -1,0 +1,1030 @@
+"""SeiT++: pictures are kept as ids of a codebook, and a vision transformer is pre-trained and trained on the ids alone.
+
+What is here: the file that ids are stored in (`write_tokens`, `TokenFile`, `storage`), the `Codebook`, augmentation in
+the space of tokens (`ColorAdapt`, `EmbNoise`, `TokenAdapt`, `TokenEda`, and `TokenAugmentation` of several), masked
+token modelling (`Seit`) and the classifier that is fine-tuned from it (`SeitClassifier`).
+
+B pictures, K codes of C channels, ids on a grid of H x W.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as vision
+
+from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
+from foveate.methods.learn.cutmix import CutMix
+from foveate.nn.vit import need_timm
+
+MAGIC = b"SEITTOK\x01"
+"""The first bytes of a token file."""
+_HEADER = 512
+_MORE = 255
+"""The byte that says: add 255 to the next."""
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "vit-b": {},
+    "vit-s": {"width": 384, "heads": 6},
+    "scenes": {
+        "grid": 20, "width": 96, "depth": 4, "heads": 3, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4,
+    },
+}  # fmt: skip
+"""Arguments by name: the paper's two (it has a decoder for ViT-B only), and the one that scenes are learned with."""
+
+
+def encode(ids: NDArray[Any] | Tensor) -> bytes:
+    """Ids >= 0 of any shape to bytes: `id // 255` times the byte 255, then `id % 255`.
+
+    A byte below 255 is therefore always the last of its id, and with up to 510 codes an id takes one byte or two.
+    """
+    flat = np.asarray(ids, dtype=np.int64).ravel()
+    if len(flat) and flat.min() < 0:
+        raise InputError(f"ids must be >= 0, not {flat.min()}")
+    last = np.cumsum(flat // _MORE + 1) - 1
+    coded = np.full(int(last[-1]) + 1 if len(last) else 0, _MORE, dtype=np.uint8)
+    coded[last] = flat % _MORE
+    return coded.tobytes()
+
+
+def decode(coded: bytes | memoryview, count: int) -> NDArray[np.int64]:
+    """(count,) ids from bytes; InputError where there are more or fewer."""
+    values = np.frombuffer(coded, dtype=np.uint8)
+    last = np.flatnonzero(values != _MORE)
+    if len(last) != count or (len(values) and values[-1] == _MORE):
+        raise InputError(f"a picture has {count} ids, not {len(last)}")
+    before = np.diff(last, prepend=-1) - 1
+    return _MORE * before + values[last]
+
+
+def write_tokens(
+    path: str | Path, ids: Tensor | Iterable[Tensor], *, codes: int, labels: Tensor | None = None, classes: int = 0,
+    codebook: str = "", compress: bool = True,
+) -> None:  # fmt: skip
+    """Writes pictures as ids into one file, under a temporary name that is renamed when everything is there.
+
+    The file: 512 bytes of header (magic, checksum of the header, JSON that says the rest, spaces), then the ids as
+    `encode` has them, the number of bytes of each picture, and the labels. Each of the three is deflated unless
+    `compress` is False; the header has the SHA-256 of all three.
+
+    Args:
+        path: of the file.
+        ids: (n, H, W) ids of all pictures, or several such one after the other.
+        codes: K; every id is in 0..K - 1.
+        labels: (n,) class numbers in 0..classes - 1.
+        classes: number of classes, 0 without labels.
+        codebook: `Codebook.fingerprint` of the codes that the ids are of.
+        compress: whether the file is deflated.
+
+    Raises:
+        InputError: for ids or labels that are out of range, do not fit each other, or cannot be written there.
+    """
+    whole("codes", codes, 1)
+    whole("classes", classes)
+    if len(codebook) > 64:
+        raise InputError(f"codebook must be a fingerprint of at most 64 characters, not {len(codebook)}")
+    path = Path(path)
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.seek(_HEADER)
+            digest, packed = hashlib.sha256(), zlib.compressobj(9) if compress else None
+
+            def put(content: bytes) -> int:
+                digest.update(content)
+                return file.write(content)
+
+            grid: tuple[int, ...] = ()
+            lengths: list[int] = []
+            written = plain = 0
+            for some in (ids,) if isinstance(ids, Tensor) else ids:
+                _check_ids(some, codes)
+                grid = grid or tuple(some.shape[1:])
+                if tuple(some.shape[1:]) != grid:
+                    raise InputError(f"all pictures must be {grid[0]} x {grid[1]} ids, not {tuple(some.shape[1:])}")
+                for one in some.cpu().numpy():
+                    coded = encode(one)
+                    lengths.append(len(coded))
+                    plain += len(coded)
+                    written += put(packed.compress(coded) if packed else coded)
+            if not lengths:
+                raise InputError("there are no pictures to write")
+            written += put(packed.flush()) if packed else 0
+            if (labels is None) != (classes == 0) or (labels is not None and tuple(labels.shape) != (len(lengths),)):
+                raise InputError(f"labels must be ({len(lengths)},) numbers of some classes, or none of none")
+            if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise InputError(f"labels must be in 0..{classes - 1}")
+            cells = grid[0] * grid[1]
+            extra = np.array(lengths, dtype=np.int64) - cells
+            tails = [extra.astype(_number(cells * ((codes - 1) // _MORE))).tobytes()]
+            tails.append(b"" if labels is None else labels.cpu().numpy().astype(_number(classes - 1)).tobytes())
+            sizes = [written, *(put(zlib.compress(one, 9) if compress else one) for one in tails)]
+            about = {
+                "version": 1, "images": len(lengths), "grid": grid, "codes": codes, "classes": classes,
+                "codebook": codebook, "deflated": compress, "plain": plain, "bytes": sizes,
+                "sha256": digest.hexdigest(),
+            }  # fmt: skip
+            text = json.dumps(about, separators=(",", ":")).encode().ljust(_HEADER - len(MAGIC) - 4)
+            file.seek(0)
+            file.write(MAGIC + zlib.crc32(text).to_bytes(4, "little") + text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+class TokenFile(Dataset[tuple[Tensor, int]]):
+    """Pictures that `write_tokens` has written, as a map-style dataset of (ids (H, W) long, label; -1 without labels).
+
+    The whole file is read and its checksums are tested when it is opened; in memory a picture takes as many bytes as
+    `encode` makes of it.
+
+    Attributes:
+        grid: (H, W).
+        codes: K.
+        labels: (n,) long, or None.
+        classes: number of classes, 0 without labels.
+        codebook: fingerprint of the codebook, "" where none was given.
+        bytes: size on disk.
+        plain: bytes of all ids before the file was deflated.
+
+    Raises:
+        InputError: for what is no token file, one of another version, cut off, or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            content = memoryview(self.path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        if bytes(content[: len(MAGIC) - 1]) != MAGIC[:-1]:
+            raise InputError(f"{path}: not a token file")
+        about = self._header(content)
+        self.bytes = len(content)
+        self.grid: tuple[int, int] = (about["grid"][0], about["grid"][1])
+        self.codes, self.classes, self.codebook = about["codes"], about["classes"], about["codebook"]
+        self.plain, images, cells = about["plain"], about["images"], self.grid[0] * self.grid[1]
+        length, label = _number(cells * ((self.codes - 1) // _MORE)), _number(self.classes - 1)
+        wanted = (self.plain, images * length.itemsize, images * label.itemsize if self.classes else 0)
+        parts, first = [], _HEADER
+        for size, plain in zip(about["bytes"], wanted):
+            parts.append(self._inflated(content[first : first + size], plain, about["deflated"]))
+            first += size
+        self._tokens = parts[0]
+        sizes = np.frombuffer(parts[1], length).astype(np.int64) + cells
+        self._ends = np.cumsum(sizes)
+        if self._ends[-1] != self.plain:
+            raise InputError(f"{path}: damaged, its index does not fit its ids")
+        self.labels: Tensor | None = None
+        if self.classes:
+            self.labels = torch.from_numpy(np.frombuffer(parts[2], label).astype(np.int64))
+
+    def _header(self, content: memoryview) -> dict[str, Any]:
+        start = len(MAGIC) + 4
+        text = bytes(content[start:_HEADER])
+        if bytes(content[: len(MAGIC)]) != MAGIC:
+            raise InputError(f"{self.path}: a token file of version {content[len(MAGIC) - 1]}; this reads version 1")
+        if len(content) < _HEADER:
+            raise InputError(f"{self.path}: cut off within its header")
+        if zlib.crc32(text) != int.from_bytes(content[len(MAGIC) : start], "little"):
+            raise InputError(f"{self.path}: damaged, its header does not have the right checksum")
+        try:
+            about: dict[str, Any] = json.loads(text)
+            for name in ("images", "codes"):
+                whole(name, about[name], 1)
+            for name, value in (("classes", about["classes"]), ("plain", about["plain"])):
+                whole(name, value)
+            rows, columns = about["grid"]
+            whole("grid", rows, 1), whole("grid", columns, 1)
+            ends = _HEADER + sum(whole("bytes", size) for size in about["bytes"])
+            if len(about["bytes"]) != 3 or not isinstance(about["sha256"], str):
+                raise InputError("it has other parts")
+            if not isinstance(about["deflated"], bool) or not isinstance(about["codebook"], str):
+                raise InputError("it has other parts")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: not a token file of version 1: {error}") from None
+        if len(content) != ends:
+            what = "cut off" if len(content) < ends else "damaged"
+            raise InputError(f"{self.path}: {what}, it has {len(content)} bytes and should have {ends}")
+        if hashlib.sha256(content[_HEADER:]).hexdigest() != about["sha256"]:
+            raise InputError(f"{self.path}: damaged, its content does not have the right checksum")
+        return about
+
+    def _inflated(self, content: memoryview, size: int, deflated: bool) -> bytes:
+        if not deflated or not len(content):
+            plain = bytes(content)
+        else:
+            # Never more than was announced, whatever the file would become.
+            stream = zlib.decompressobj()
+            try:
+                plain = stream.decompress(content, size + 1)
+            except zlib.error as error:
+                raise InputError(f"{self.path}: damaged ({error})") from None
+        if len(plain) != size:
+            raise InputError(f"{self.path}: damaged, a part of it has another size than its header says")
+        return plain
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.path} has {len(self)} pictures, no picture {number}")
+        number %= len(self)
+        first = int(self._ends[number - 1]) if number else 0
+        rows, columns = self.grid
+        ids = decode(memoryview(self._tokens)[first : int(self._ends[number])], rows * columns)
+        if ids.max() >= self.codes:
+            raise InputError(f"{self.path}: damaged, picture {number} has an id {ids.max()} of {self.codes} codes")
+        return torch.from_numpy(ids).view(rows, columns), -1 if self.labels is None else int(self.labels[number])
+
+    def batch(self, numbers: Sequence[int] | Tensor) -> Tensor:
+        """(B, H, W) long ids of the pictures of these numbers."""
+        return torch.stack([self[int(number)][0] for number in numbers])
+
+
+def _number(most: int) -> np.dtype[Any]:
+    """The smallest unsigned type of a token file for numbers up to `most`."""
+    return np.dtype("<u2" if most < 2**16 else "<u4")
+
+
+def _check_ids(ids: Tensor, codes: int) -> None:
+    if ids.ndim != 3 or ids.is_floating_point():
+        raise InputError(f"ids must be (B, H, W) whole numbers, not {tuple(ids.shape)} {ids.dtype}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < codes:
+        raise InputError(f"ids must be in 0..{codes - 1}, not {int(ids.min())}..{int(ids.max())}")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What pictures take on disk. `ratio`: bytes of the token file over those of the pictures' own files.
+
+    `bits_per_token`: of the whole file, labels and header too; `entropy`: of the ids by how often each occurs, in bits,
+    which is at most log2 of the number of codes; a coder that knows nothing of neighbours cannot do better.
+    """
+
+    token_bytes: int
+    picture_bytes: int
+    ratio: float
+    bits_per_token: float
+    entropy: float
+
+
+def storage(tokens: TokenFile, pictures: Iterable[str | Path]) -> Storage:
+    """Measures a token file against the files of the same pictures, on disk.
+
+    Raises:
+        InputError: where there are not as many files as pictures, or one cannot be read.
+    """
+    try:
+        sizes = [os.stat(picture).st_size for picture in pictures]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    if len(sizes) != len(tokens) or not sum(sizes):
+        raise InputError(f"{tokens.path} has {len(tokens)} pictures; the files are {len(sizes)} of {sum(sizes)} bytes")
+    size, counts = os.stat(tokens.path).st_size, torch.zeros(tokens.codes, dtype=torch.long)
+    for ids, _ in (tokens[k] for k in range(len(tokens))):
+        counts += torch.bincount(ids.flatten(), minlength=tokens.codes)
+    shares = counts[counts > 0] / counts.sum()
+    return Storage(
+        token_bytes=size, picture_bytes=sum(sizes), ratio=size / sum(sizes),
+        bits_per_token=8 * size / int(counts.sum()), entropy=float(-(shares * shares.log2()).sum()),
+    )  # fmt: skip
+
+
+class Codebook(nn.Module):
+    """The frozen codes (K, C) of the tokenizer that made the ids.
+
+    Raises:
+        InputError: for another shape, a code that is zero or not finite, or two codes of the same direction, which the
+            cosine cannot tell apart.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        if weight.ndim != 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+            raise InputError(f"a codebook must be (K, C) finite numbers, not {tuple(weight.shape)} {weight.dtype}")
+        self.register_buffer("weight", weight.detach().float().clone())
+        for first in range(0, len(weight), 1024):
+            some = self.weight[first : first + 1024]
+            if not torch.equal(self.quantise(some[:, :, None, None]).flatten(), torch.arange(len(some)) + first):
+                raise InputError("every code must have a direction of its own, for ids are found by the cosine")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the codes as little-endian float32."""
+        return hashlib.sha256(self.weight.cpu().numpy().astype("<f4").tobytes()).hexdigest()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, H, W) ids -> (B, C, H, W)."""
+        return F.embedding(ids, self.weight).permute(0, 3, 1, 2)
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H, W), the code with the largest cosine; the length of an embedding does not matter."""
+        # In float64: bicubic weights that add up to nearly one must not turn a code into its neighbour.
+        codes = F.normalize(self.weight.double(), dim=1)
+        return (x.double().permute(0, 2, 3, 1) @ codes.T).argmax(-1)
+
+
+def color_adapt(x: Tensor, partner: Tensor) -> Tensor:
+    """`s2 (x - m1) / s1 + m2`: each channel of x (B, C, H, W) gets its partner's mean and (unbiased) deviation.
+
+    A channel that is constant becomes the partner's mean; the release divides by zero there.
+    """
+    (s1, m1), (s2, m2) = (torch.std_mean(one, (2, 3), keepdim=True) for one in (x, partner))
+    scale = torch.where(s1 > 1e-6 * (1 + m1.abs()), s2 / s1, 0.0)
+    return scale * (x - m1) + m2
+
+
+def _half(x: Tensor) -> Tensor:
+    """(B // 2,) numbers of pictures of x, drawn without repetition."""
+    return torch.randperm(len(x))[: len(x) // 2].to(x.device)
+
+
+class ColorAdapt(nn.Module):
+    """`color_adapt` of a random half of x (B, C, H, W), with the batch in reverse order as partners."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = _half(x)
+        return x.index_copy(0, chosen, color_adapt(x, x.flip(0))[chosen])
+
+
+class EmbNoise(nn.Module):
+    """Gaussian noise on a random half of x (B, C, H, W): one draw for each channel, plus one for each element."""
+
+    def __init__(self, *, std: float = 1.0) -> None:
+        super().__init__()
+        self.std = within("std", std, "[0, inf)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = _half(x)
+        noise = torch.randn_like(x[chosen][..., :1, :1]) + torch.randn_like(x[chosen])
+        return x.index_add(0, chosen, self.std * noise)
+
+
+class TokenEda(nn.Module):
+    """SeiT's augmentation of ids (B, H, W): synonyms and a swap, from https://arxiv.org/abs/2303.11114.
+
+    With probability `replace` an id becomes one of the `synonyms` codes that are nearest to it by the cosine. Then two
+    square blocks change places, whose side is at most `swap` times that of the grid. The blocks lie on a lattice of
+    their own side, so that they never overlap; where both are the same, nothing is swapped (ours).
+    """
+
+    nearest: Tensor
+
+    def __init__(self, codebook: Codebook, *, synonyms: int = 5, replace: float = 0.25, swap: float = 0.25) -> None:
+        super().__init__()
+        self.replace, self.swap = within("replace", replace, "[0, 1]"), within("swap", swap, "[0, 1)")
+        if whole("synonyms", synonyms, 1) >= len(codebook.weight):
+            raise InputError(f"synonyms must be fewer than {len(codebook.weight)} codes, not {synonyms}")
+        codes = F.normalize(codebook.weight, dim=1)
+        self.register_buffer("nearest", (codes @ codes.T).fill_diagonal_(-2).topk(synonyms).indices, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        chosen = torch.rand(ids.shape, device=ids.device) < self.replace
+        which = torch.randint(self.nearest.shape[1], ids.shape, device=ids.device)
+        ids = torch.where(chosen, self.nearest[ids, which], ids)
+        most = int(self.swap * min(ids.shape[1:]))
+        for one in ids if most else ():
+            side = int(torch.randint(1, most + 1, ()))
+            (a, b), (c, d) = ([int(torch.randint(length // side, ())) * side for length in one.shape] for _ in range(2))
+            first, second = one[a : a + side, b : b + side], one[c : c + side, d : d + side]
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
+        return ids
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """One draw of a geometric augmentation, for pixels, or for maps of any size of the same pictures.
+
+    Flip, rotation, shifts and shears are one draw for the whole batch; the crop is one for each picture.
+
+    Attributes:
+        flip: from left to right.
+        moves: in order, ("rotate", degrees), ("translate x" or "translate y", share of the side), ("shear x" or
+            "shear y", degrees); what comes from outside is zero.
+        boxes: (B, 4) top, left, height, width of what is cut out, in cells of a map whose side is `side`.
+        side: of that map.
+        crop: side, on it, that each box is resized to.
+    """
+
+    flip: bool
+    moves: tuple[tuple[str, float], ...]
+    boxes: Tensor
+    side: int
+    crop: int
+
+    @classmethod
+    def draw(cls, batch: int, side: int, crop: int, scale: tuple[float, float], affine: bool = True) -> Geometry:
+        """Flip with probability 0.5; with 0.5 the five moves, each with 0.5; a crop of `scale` of the area.
+
+        Rotation by -30..30 degrees, shifts by up to 0.2 of the side, shears by 0..15 degrees, to one side only.
+        """
+        flip, moves = False, []
+        if affine:
+            flip = bool(torch.rand(()) < 0.5)
+            ranges = (("rotate", -30, 30), ("translate x", -0.2, 0.2), ("translate y", -0.2, 0.2), ("shear x", 0, 15))
+            if torch.rand(()) < 0.5:
+                for name, low, high in (*ranges, ("shear y", 0, 15)):
+                    if torch.rand(()) < 0.5:
+                        moves.append((name, low + (high - low) * float(torch.rand(()))))
+        cut, plane = v2.RandomResizedCrop(crop, scale=scale), torch.empty(1, side, side)
+        drawn = [cut.make_params([plane]) for _ in range(batch)]
+        boxes = torch.tensor([[one[name] for name in ("top", "left", "height", "width")] for one in drawn])
+        return cls(flip, tuple(moves), boxes.view(batch, 4), side, crop)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, C, S, S) -> (B, C, crop S / side, crop S / side); S is a multiple of `side`."""
+        factor = x.shape[-1] // self.side
+        if tuple(x.shape[-2:]) != (factor * self.side,) * 2 or len(x) != len(self.boxes):
+            raise InputError(f"drawn for {len(self.boxes)} maps with sides that are multiples of {self.side}, "
+                             f"not {tuple(x.shape)}")  # fmt: skip
+        if self.flip:
+            x = x.flip(-1)
+        for name, value in self.moves:
+            amounts = {"rotate": 0.0, "translate x": 0.0, "translate y": 0.0, "shear x": 0.0, "shear y": 0.0}
+            amounts[name] = value * (x.shape[-1] if name.startswith("translate") else 1)
+            x = vision.affine(
+                x, angle=amounts["rotate"], translate=[amounts["translate x"], amounts["translate y"]], scale=1.0,
+                shear=[amounts["shear x"], amounts["shear y"]], interpolation=InterpolationMode.BILINEAR,
+            )  # fmt: skip
+        size = [factor * self.crop] * 2
+        cut = [
+            vision.resized_crop(one, *(factor * int(edge) for edge in box), size, InterpolationMode.BICUBIC)
+            for one, box in zip(x, self.boxes)
+        ]
+        return torch.stack(cut)
+
+
+class TokenAdapt(nn.Module, PyTorchModelHubMixin):
+    """Maps tokens to where geometry acts as it does on pixels, and back: `g(A(f(x)))`.
+
+    `f`: embeddings (B, C, H, W) -> (B, C, 2 H, 2 W): linear, fixed positions, one pre-norm transformer layer with tanh
+    in its MLP, norm, transposed 2 x 2 convolution. `g`: (B, C, 2 h, 2 w) -> logits (B, h, w, K): 2 x 2 convolution,
+    positions, a layer of the same kind, norm, linear.
+
+    Args:
+        codes, channels: K and C of the codebook.
+        grid: side H of the grid of stored ids.
+        crop: side h of what goes back.
+        width, heads: of both layers, whose MLPs are four times as wide.
+    """
+
+    def __init__(
+        self, *, codes: int = 391, channels: int = 32, grid: int = 32, crop: int = 28, width: int = 384, heads: int = 6
+    ) -> None:
+        super().__init__()
+        _sizes(codes=codes, channels=channels, grid=grid, crop=crop)
+        if crop > grid:
+            raise InputError(f"crop must be <= grid, not {crop} of {grid}")
+        self.grid, self.crop = grid, crop
+        self.f, self.g = _Enlarge(channels, grid, width, heads), _Reduce(codes, channels, crop, width, heads)
+
+    def loss(self, embeddings: Tensor, geometry: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+        """What f and g learn from: cross entropy of `g(A(f(tokens of x)))` with the tokens of A(x).
+
+        Args:
+            embeddings: (B, C, H, W) of the pictures' ids.
+            geometry: A, on maps with side 2 H; the same draw made the pixels that `target` was read from.
+            target: (B, h, w) ids of the augmented pictures.
+        """
+        logits = self.g(geometry(self.f(embeddings)))
+        return F.cross_entropy(logits.flatten(0, 2), target.flatten())
+
+    def forward(self, embeddings: Tensor, geometry: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, h, w) ids after the augmentation of maps (B, C, 2 H, 2 W) -> (B, C, 2 h, 2 w)."""
+        return self.g(geometry(self.f(embeddings))).argmax(-1)
+
+
+class _Enlarge(nn.Module):
+    def __init__(self, channels: int, side: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.inward = nn.Linear(channels, width)
+        self.positions = _sincos(side, width)
+        self.block = _blocks(1, width, heads, qkv_bias=False, act_layer=nn.Tanh)[0]
+        self.norm = nn.LayerNorm(width)
+        self.outward = nn.ConvTranspose2d(width, channels, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.inward(x.flatten(2).transpose(1, 2)) + self.positions
+        tokens = self.norm(self.block(tokens)).transpose(1, 2)
+        return self.outward(tokens.unflatten(2, tuple(x.shape[2:])))
+
+
+class _Reduce(nn.Module):
+    def __init__(self, codes: int, channels: int, side: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.inward = nn.Conv2d(channels, width, 2, 2)
+        self.positions = _sincos(side, width)
+        self.block = _blocks(1, width, heads, qkv_bias=False, act_layer=nn.Tanh)[0]
+        self.norm = nn.LayerNorm(width)
+        self.outward = nn.Linear(width, codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.inward(x)
+        tokens = patches.flatten(2).transpose(1, 2) + self.positions
+        return self.outward(self.norm(self.block(tokens))).unflatten(1, tuple(patches.shape[2:]))
+
+
+class TokenAugmentation(nn.Module):
+    """Stored ids (B, H, W), and labels, to ids (B, h, w) for the network: SeiT++'s augmentation of a batch.
+
+    1. With `color`, the whole batch gets `EmbNoise` (probability `noise`) or `ColorAdapt`, one draw a batch.
+    2. The first half is cut out and resized in embedding space, by a random resized crop of `scale` of the area.
+    3. The second half goes through `adapt`: flip, moves and crop between f and g (`Geometry`).
+    4. With `classes`, labels are mixed: CutMix of the first half in embedding space, CutMix or mixup (0.8) of the
+       second between f and g; labels become (B, classes) weights, smoothed.
+    5. Every position becomes the id of the nearest code.
+
+    In evaluation mode: the centre of the grid, and labels as they are. Without `adapt` everything is in the first half.
+
+    Args:
+        codebook: of the ids.
+        adapt: a trained `TokenAdapt`, which is frozen here: in evaluation mode and without gradients.
+        crop: side h.
+        scale: shares of the area; the paper's (0.2, 1) in pre-training and (0.08, 1) in fine-tuning.
+        color: whether there is step 1; in the release's pre-training there is not.
+        noise: probability of noise instead of ColorAdapt.
+        noise_std: of each of the two draws of noise.
+        shared: whether flip and moves are one draw for the half batch, as in the release; else one for each picture.
+        classes: number of classes where labels are mixed, 0 where not.
+        smoothing: of mixed labels.
+    """
+
+    def __init__(
+        self, codebook: Codebook, adapt: TokenAdapt | None = None, *, crop: int = 28, scale: Sequence[float] = (0.2, 1),
+        color: bool = False, noise: float = 0.75, noise_std: float = 1.0, shared: bool = True, classes: int = 0,
+        smoothing: float = 0.1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.crop, self.color, self.shared = whole("crop", crop, 1), color, shared
+        if len(scale) != 2 or scale[0] > scale[1]:
+            raise InputError(f"scale must be a lower and an upper share, not {scale!r}")
+        self.scale = (within("scale", scale[0], "(0, 1]"), within("scale", scale[1], "(0, 1]"))
+        self.noise, self.classes = within("noise", noise, "[0, 1]"), whole("classes", classes)
+        if adapt is not None and adapt.crop != crop:
+            raise InputError(f"adapt makes {adapt.crop} x {adapt.crop} ids, not {crop} x {crop}")
+        self.codebook = codebook
+        self.adapt = adapt.requires_grad_(False).eval() if adapt is not None else None
+        self.emb_noise, self.color_adapt = EmbNoise(std=noise_std), ColorAdapt()
+        self.mixers = nn.ModuleList(
+            CutMix(num_classes=classes, partner="reversed", mixup=mixup, smoothing=smoothing) for mixup in (0.0, 0.8)
+        )
+
+    def train(self, mode: bool = True) -> TokenAugmentation:
+        """As `nn.Module.train`; f and g stay in evaluation mode."""
+        super().train(mode)
+        if self.adapt is not None:
+            self.adapt.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Ids (B, H, W) and labels (B,), or None, to ids (B, h, w) and labels."""
+        if ids.ndim != 3 or min(ids.shape[1:]) < self.crop:
+            raise InputError(f"ids must be (B, H, W) of at least {self.crop} x {self.crop}, not {tuple(ids.shape)}")
+        if self.classes and labels is None:
+            raise InputError("there are no labels to mix: hand them over, or set classes=0")
+        if not self.training:
+            return vision.center_crop(ids, [self.crop] * 2), labels
+        x = self.codebook.embed(ids)
+        if self.color:
+            x = self.emb_noise(x) if torch.rand(()) < self.noise else self.color_adapt(x)
+        middle = len(x) if self.adapt is None else (len(x) + 1) // 2
+        parts = [self._in_embeddings(x[:middle], None if labels is None else labels[:middle])]
+        if middle < len(x):
+            parts.append(self._adapted(x[middle:], None if labels is None else labels[middle:]))
+        found = [one for _, one in parts if one is not None]
+        return torch.cat([one for one, _ in parts]), torch.cat(found) if found else None
+
+    def _in_embeddings(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = Geometry.draw(len(x), x.shape[-1], self.crop, self.scale, affine=False)(x)
+        x, labels = self._mixed(0, x, labels)
+        return self.codebook.quantise(x), labels
+
+    def _adapted(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert self.adapt is not None
+        x = self.adapt.f(x)
+        draw = functools.partial(Geometry.draw, side=x.shape[-1], crop=2 * self.crop, scale=self.scale)
+        x = draw(len(x))(x) if self.shared else torch.cat([draw(1)(one) for one in x.split(1)])
+        x, labels = self._mixed(1, x, labels)
+        return self.adapt.g(x).argmax(-1), labels
+
+    def _mixed(self, half: int, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.classes:
+            return x, labels
+        mixed: tuple[Tensor, Tensor] = self.mixers[half](x, labels)
+        return mixed
+
+
+def _sizes(**values: int) -> None:
+    for name, value in values.items():
+        whole(name, value, 1)
+
+
+def _sincos(side: int, width: int, prefix: int = 0) -> nn.Parameter:
+    """(prefix + side^2, width) fixed positions, the first `prefix` zero. A parameter, as those of the release are."""
+    need_timm()
+    from timm.layers import build_sincos2d_pos_embed
+
+    if width % 4:
+        raise InputError(f"width must be a multiple of 4 for positions in two dimensions, not {width}")
+    table = build_sincos2d_pos_embed([side, side], width)
+    return nn.Parameter(F.pad(table, (0, 0, prefix, 0)), requires_grad=False)
+
+
+def _blocks(depth: int, width: int, heads: int, drop_path: float = 0.0, **options: Any) -> nn.ModuleList:
+    need_timm()
+    from timm.models.vision_transformer import Block
+
+    if heads < 1 or width % heads:
+        raise InputError(f"width must be a multiple of heads, not {width} with {heads} heads")
+    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+    return nn.ModuleList(Block(width, heads, drop_path=rate, **({"qkv_bias": True} | options)) for rate in rates)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_norm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+class _Words(nn.Module):
+    """Ids (B, h, w) -> patches (B, N, width): a learned table of words, norm, dropout, a convolution of p x p ids."""
+
+    def __init__(self, codes: int, channels: int, patch: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(codes, channels))
+        nn.init.normal_(self.table, std=0.02)
+        self.norm, self.dropout = _norm(channels), nn.Dropout(dropout)
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.dropout(self.norm(F.embedding(ids, self.table)))
+        return self.patches(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """One draw: `dropped` (B, N) bool, patches that the encoder does not see; `masked` (B, N) bool, those that are to
+    be found. All that are dropped are masked; each row has as many as the others."""
+
+    dropped: Tensor
+    masked: Tensor
+
+
+def _b_of(part: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        module: nn.Module = getattr(Seit.named("vit-b"), part)
+        return module
+
+    return build
+
+
+def _with_adapt() -> nn.Module:
+    return nn.ModuleList([Seit.named("vit-b"), TokenAdapt()])
+
+
+def _f() -> nn.Module:
+    return TokenAdapt().f
+
+
+def _g() -> nn.Module:
+    return TokenAdapt().g
+
+
+def _seen(cls: type[Seit]) -> float:
+    """Patches, and a class token, that the encoder gets."""
+    with torch.device("meta"):
+        model = cls.named("vit-b")
+    with torch.random.fork_rng(devices=[]):
+        return 1 + float((~model.draw(4).dropped).sum()) / 4
+
+
+def _uniform_loss(cls: type[Seit]) -> float:
+    """The loss of a model that knows nothing."""
+    model = cls.named("scenes", depth=1, decoder_depth=1, codes=391).eval()
+    ids = torch.zeros(2, model.grid, model.grid, dtype=torch.long)
+    masking = model.draw(2)
+    return float(model.loss_of(torch.zeros(2, (model.grid // 2) ** 2, 4, 391), ids, masking))
+
+
+def _stored(cls: type[Seit]) -> float:
+    """Bytes on disk, but for header, index and labels, of a picture that has 1024 ids, 136 of them >= 255."""
+    ids = (torch.arange(1024) % 255).index_fill(0, torch.arange(136) * 7, 300).view(1, 32, 32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.tokens"
+        write_tokens(path, ids, codes=391, compress=False)
+        return float(path.stat().st_size - _HEADER - 2)
+
+
+def _gigabytes(cls: type[Seit]) -> float:
+    """GB of the ids of ImageNet-1K, at log2 391 bits each."""
+    return 1_281_167 * 1024 * math.log2(391) / 8 / 1e9
+
+
+@register
+class Seit(Published, nn.Module, PyTorchModelHubMixin):
+    """Masked token modelling: finds the ids under patches that were hidden from an encoder. ids (B, h, w) in 0..K - 1.
+
+    1. A learned table of words T (K, C), norm, dropout and a convolution make N = (h / p)^2 patches of p x p ids.
+    2. Of a random order, the first `ceil(0.4 N)` patches are dropped and the first `ceil(r N)` are masked, with
+       r ~ normal(0.45, 0.25) truncated to [0.4, 1], one draw for the batch. Patches that are masked but not dropped
+       become a learned vector; fixed positions are added; the class token and the patches that were not dropped, in
+       reading order, go through the encoder.
+    3. Linear to the decoder's width; every masked patch is filled with the encoded class token; learned positions;
+       the decoder's blocks and norm.
+    4. Linear to p^2 vectors of C channels for each patch, GELU, norm; logits (B, N, p^2, K) = `h T^t + b`, T without
+       a gradient.
+    5. Loss: cross entropy, mean over a patch's ids, then over masked patches.
+
+    `loss(ids)` gives the scalar and its parts; `forward_features(ids)` the encoder's tokens of whole pictures;
+    `SeitClassifier.load_encoder` takes the encoder over. `write_tokens` and `TokenFile` store the ids,
+    `TokenAugmentation` varies them.
+
+    SeiT++: Masked Token Modeling Improves Storage-efficient Training, ECCV 2024, https://arxiv.org/abs/2312.10105,
+    where it is called MTM. The paper's tokenizer is ViT-VQGAN, 32 x 32 ids of 391 codes for 256 px; any ids will do.
+    """
+
+    card = Card(
+        slug="seit", title="SeiT++: Masked Token Modeling Improves Storage-efficient Training", arxiv="2312.10105",
+        year=2023, kind="learn", hosts=(), training_free=False,
+        summary="Stores pictures as ids of a codebook, pre-trains by finding masked ids, augments in token space.",
+        parameters={
+            "codes": "K, number of codes",
+            "channels": "of the table of words",
+            "grid": "ids a side of what the network reads",
+            "patch": "ids a side of a patch",
+            "width": "of the encoder",
+            "depth": "blocks of the encoder",
+            "heads": "of the encoder",
+            "decoder_width": "of the decoder",
+            "decoder_depth": "blocks of the decoder",
+            "decoder_heads": "of the decoder",
+            "dropout": "of words, and in the decoder's blocks",
+            "mask_mean": "mean of the masked share, before it is truncated",
+            "mask_std": "deviation of the masked share, before it is truncated",
+            "mask_range": "least and greatest masked share; the least is dropped",
+        },
+    )  # fmt: skip
+
+    claims = (
+        Claim("parameters of f of TokenAdapt, positions too", "parameters", 2_229_152, "card", tolerance=0, model=_f),
+        Claim("parameters of g of TokenAdapt, positions too", "parameters", 2_275_207, "card", tolerance=0, model=_g),
+        Claim("parameters of ViT-B's blocks", "parameters", 85_054_464, "card", tolerance=0, model=_b_of("blocks")),
+        Claim("parameters of the decoder's blocks", "parameters", 12_609_536, "card", tolerance=0,
+              model=_b_of("decoder_blocks")),
+        Claim("parameters of the head of the decoder", "parameters", 66_119, "card", tolerance=0, model=_b_of("head")),
+        # The release has 197 x 512 fixed positions of the decoder, too, which it does not use.
+        Claim("parameters of masked token modelling with f and g", "parameters", 103_096_974, "card", tolerance=0.001,
+              model=_with_adapt),
+        Claim("tokens that the encoder sees of 197", "value", 118, "card", tolerance=0, value=_seen),
+        Claim("loss of uniform logits over 391 codes", "value", 5.969, "card", tolerance=0.0001, value=_uniform_loss),
+        Claim("bytes on disk of 1024 ids, 136 of them >= 255", "value", 1160, "card", tolerance=0, value=_stored),
+        Claim("GB of ImageNet-1K's ids at log2 391 bits", "value", 1.4, "card", value=_gigabytes),
+    )  # fmt: skip
+
+    def __init__(
+        self, *, codes: int = 391, channels: int = 32, grid: int = 28, patch: int = 2, width: int = 768,
+        depth: int = 12, heads: int = 12, decoder_width: int = 512, decoder_depth: int = 4, decoder_heads: int = 16,
+        dropout: float = 0.1, mask_mean: float = 0.45, mask_std: float = 0.25,
+        mask_range: Sequence[float] = (0.4, 1.0),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _sizes(codes=codes, channels=channels, grid=grid, patch=patch, width=width, depth=depth)
+        _sizes(decoder_width=decoder_width, decoder_depth=decoder_depth)
+        if grid % patch:
+            raise InputError(f"grid must be a multiple of patch, not {grid} with {patch}")
+        if len(mask_range) != 2 or mask_range[0] > mask_range[1]:
+            raise InputError(f"mask_range must be a least and a greatest share, not {mask_range!r}")
+        self.mask_range = (within("mask_range", mask_range[0], "(0, 1)"), within("mask_range", mask_range[1], "(0, 1]"))
+        self.mask_mean = within("mask_mean", mask_mean, "[0, 1]")
+        self.mask_std = within("mask_std", mask_std, "(0, inf)")
+        within("dropout", dropout, "[0, 1)")
+        self.codes, self.channels, self.grid, self.patch = codes, channels, grid, patch
+        side = grid // patch
+        self.words = _Words(codes, channels, patch, width, dropout)
+        self.positions = _sincos(side, width, prefix=1)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks, self.norm = _blocks(depth, width, heads, norm_layer=_norm), _norm(width)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_positions = nn.Parameter(torch.zeros(1, 1 + side**2, decoder_width))
+        self.decoder_blocks = _blocks(
+            decoder_depth, decoder_width, decoder_heads, norm_layer=_norm, proj_drop=dropout, attn_drop=dropout
+        )
+        self.decoder_norm = _norm(decoder_width)
+        self.head = _Head(decoder_width, patch**2, codes, channels)
+        self.apply(_initialise)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> Seit:
+        """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
+        return cls(**(_configuration(name) | changes))
+
+    def draw(self, batch: int, ratio: float | None = None, device: torch.device | str | None = None) -> Masking:
+        """A draw for `batch` pictures; `ratio` is the masked share, drawn too where it is not given."""
+        least, most = self.mask_range
+        if ratio is None:
+            drawn = torch.empty(1, device="cpu")
+            ratio = float(nn.init.trunc_normal_(drawn, self.mask_mean, self.mask_std, least, most))
+        count = (self.grid // self.patch) ** 2
+        # Decimal shares: 0.55 * 100 is a little more than 55 in binary.
+        dropped, masked = (math.ceil(one * count - 1e-6) for one in (least, min(max(ratio, least), most)))
+        place = torch.rand(batch, count, device=device or "cpu").argsort(1).argsort(1)
+        return Masking(place < dropped, place < masked)
+
+    def forward_features(self, ids: Tensor, masking: Masking | None = None) -> Tensor:
+        """(B, 1 + N', width) encoded class token and patches, in reading order; all of them without `masking`."""
+        self._check(ids)
+        x = self.words(ids)
+        if masking is not None:
+            x = torch.where(masking.masked.unsqueeze(2), self.mask_token, x)
+        x = x + self.positions[1:]
+        if masking is not None:
+            x = x.gather(1, _seen_first(masking).unsqueeze(2).expand(-1, -1, x.shape[2]))
+        x = torch.cat([(self.cls_token + self.positions[:1]).expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor, masking: Masking) -> Tensor:
+        """(B, N, p^2, K) logits of the ids of every patch, in reading order."""
+        x = self.decoder_embed(self.forward_features(ids, masking))
+        cls_token, seen = x[:, :1], x[:, 1:]
+        full = cls_token.expand(-1, masking.dropped.shape[1], -1)
+        full = full.scatter(1, _seen_first(masking).unsqueeze(2).expand(-1, -1, x.shape[2]), seen)
+        full = torch.where(masking.masked.unsqueeze(2), cls_token, full)
+        x = torch.cat([cls_token, full], 1) + self.decoder_positions
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(self.decoder_norm(x)[:, 1:], self.words.table.detach())
+
+    def loss_of(self, logits: Tensor, ids: Tensor, masking: Masking) -> Tensor:
+        """Step 5 of the class's docstring."""
+        target = _by_patch(ids, self.patch)
+        each = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="none").view(target.shape)
+        return each.mean(2)[masking.masked].mean()
+
+    def loss(self, ids: Tensor, masking: Masking | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss of ids (B, h, w), and its parts: "masked", the masked share, and "accuracy" on those."""
+        masking = masking or self.draw(len(ids), device=ids.device)
+        logits = self(ids, masking)
+        loss = self.loss_of(logits, ids, masking)
+        right = logits.detach().argmax(-1) == _by_patch(ids, self.patch)
+        return loss, {"masked": masking.masked.float().mean(), "accuracy": right[masking.masked].float().mean()}
+
+    def _check(self, ids: Tensor) -> None:
+        if ids.ndim != 3 or tuple(ids.shape[1:]) != (self.grid, self.grid) or ids.is_floating_point():
+            wanted = f"(B, {self.grid}, {self.grid}) whole numbers"
+            raise InputError(f"ids must be {wanted}, not {tuple(ids.shape)} {ids.dtype}")
+
+
+def _configuration(name: str) -> Mapping[str, Any]:
+    if name not in CONFIGURATIONS:
+        raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
+    return CONFIGURATIONS[name]
+
+
+def _seen_first(masking: Masking) -> Tensor:
+    """(B, N') numbers of the patches that are not dropped, in reading order."""
+    kept = int((~masking.dropped[0]).sum()) if len(masking.dropped) else 0
+    return masking.dropped.long().argsort(1, stable=True)[:, :kept]
+
+
+def _by_patch(ids: Tensor, patch: int) -> Tensor:
+    """(B, h, w) -> (B, N, p^2), patches and the ids in each in reading order."""
+    return ids.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+class _Head(nn.Module):
+    def __init__(self, width: int, parts: int, codes: int, channels: int) -> None:
+        super().__init__()
+        self.parts, self.linear, self.norm = parts, nn.Linear(width, parts * channels), _norm(channels)
+        self.bias = nn.Parameter(torch.zeros(codes))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = self.norm(F.gelu(self.linear(x)).unflatten(2, (self.parts, -1)))
+        return x @ table.T + self.bias
+
+
+class SeitClassifier(nn.Module, PyTorchModelHubMixin):
+    """Ids, or embeddings, to logits (B, classes): a ViT whose patches are averaged, normalised and classified.
+
+    Args:
+        codes, channels, grid, patch, width, depth, heads: as those of `Seit`.
+        classes: number of classes.
+        dropout: of words.
+        drop_path: stochastic depth of the last block, rising linearly.
+        stem: "words", SeiT++'s, reads ids (B, h, w); "adaptor", that of SeiT, which is trained from scratch, reads
+            embeddings (B, C, h, w) of the codebook, by a convolution 4 x 4 with stride 2 and padding 1.
+    """
+
+    def __init__(
+        self, *, codes: int = 391, channels: int = 32, grid: int = 28, patch: int = 2, width: int = 768,
+        depth: int = 12, heads: int = 12, classes: int = 1000, dropout: float = 0.1, drop_path: float = 0.1,
+        stem: str = "words",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _sizes(codes=codes, channels=channels, grid=grid, patch=patch, width=width, depth=depth, classes=classes)
+        if grid % patch or (choice("stem", stem, ("words", "adaptor")) == "adaptor" and patch != 2):
+            raise InputError(f"grid must be a multiple of patch, and patch 2 for the adaptor, not {grid} with {patch}")
+        within("dropout", dropout, "[0, 1)")
+        self.depth = depth
+        self.words = _Words(codes, channels, patch, width, dropout) if stem == "words" else None
+        self.adaptor = nn.Conv2d(channels, width, 4, 2, 1) if stem == "adaptor" else None
+        self.positions = _sincos(grid // patch, width, prefix=1)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.blocks = _blocks(depth, width, heads, within("drop_path", drop_path, "[0, 1)"), norm_layer=_norm)
+        self.fc_norm, self.head = _norm(width), nn.Linear(width, classes)
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> SeitClassifier:
+        """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
+        own = {key: value for key, value in _configuration(name).items() if not key.startswith("decoder_")}
+        return cls(**(own | changes))
+
+    def load_encoder(self, model: Seit) -> SeitClassifier:
+        """Takes words, positions, class token and blocks of a pre-trained model; returns this one.
+
+        Raises:
+            InputError: for a model of another size.
+        """
+        own = self.state_dict()
+        parts = ("words.", "positions", "cls_token", "blocks.")
+        taken = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
+        wrong = [name for name, value in taken.items() if name not in own or own[name].shape != value.shape]
+        wrong += [name for name in own if name.startswith(parts) and name not in taken]
+        if wrong:
+            raise InputError(f"the pre-trained model has another {wrong[0]} than the classifier")
+        self.load_state_dict(taken, strict=False)
+        return self
+
+    def rate(self, name: str, decay: float = 0.65) -> float:
+        """Layer-wise decay: what to multiply the learning rate of that parameter with, 1 for the head."""
+        if name.startswith("blocks."):
+            layer = 1 + int(name.split(".")[1])
+        else:
+            layer = self.depth + 1 if name.startswith(("head.", "fc_norm.")) else 0
+        return float(decay ** (self.depth + 1 - layer))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 1 + N, width) tokens before the last norm."""
+        if self.words is not None:
+            if x.is_floating_point() or x.ndim != 3:
+                raise InputError(f"this stem reads ids (B, h, w), not {tuple(x.shape)} {x.dtype}")
+            patches = self.words(x)
+        else:
+            assert self.adaptor is not None
+            if not x.is_floating_point() or x.ndim != 4:
+                raise InputError(f"this stem reads embeddings (B, C, h, w), not {tuple(x.shape)} {x.dtype}")
+            patches = self.adaptor(x).flatten(2).transpose(1, 2)
+        if patches.shape[1] + 1 != len(self.positions):
+            raise InputError(f"there must be {len(self.positions) - 1} patches, not {patches.shape[1]}")
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1) + self.positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.head(self.fc_norm(self.forward_features(x)[:, 1:].mean(1)))
