@@ -18,7 +18,6 @@ from timm.models.vision_transformer import Block
 from foveate.measure.flops import count_flops
 from foveate.method import InputError
 from foveate.methods.reduce.stvit import (
-    CONFIGURATIONS,
     SWIN_CONFIGURATIONS,
     Seeds,
     SemanticLayers,
@@ -310,16 +309,13 @@ def test_shapes() -> None:
     assert tiny(layers="ffggr").forward_features(pictures).shape == (2, 36, 32)
     assert tiny(regions=3).forward_features(pictures).shape == (2, 9, 32)
     with torch.device("meta"):
-        assert STViT.named("deit-s").forward_features(torch.empty(1, 3, 224, 224)).shape == (1, 16, 384)
-        swin = STViTSwin.named("stvit-swin-t")
-        assert [x.shape[2] for x in swin.stages(torch.empty(1, 3, 224, 224))] == [56, 28, 6, 3]
-    with torch.device("meta"):
-        for name in CONFIGURATIONS:
-            assert STViT.named(name).backbone.cls_token is None
+        # 4 + 2 + 6 layers, 196 tokens to 16.
+        assert STViT.named("deit-t").forward_features(torch.empty(1, 3, 224, 224)).shape == (1, 16, 192)
     for name, settings in SWIN_CONFIGURATIONS.items():
         narrow = {"width": 8, "depths": (1, 1, len(settings["layers"]), 1), "heads": (1, 1, 2, 2)}
-        with torch.device("meta"):
-            made = STViTSwin.named(name, **narrow)
+        made = STViTSwin.named(name, **narrow)
+        if name == "stvit-swin-t":
+            assert [x.shape[2] for x in made.eval().stages(torch.zeros(1, 3, 224, 224))] == [56, 28, 6, 3]
         assert made.semantic.recovers == name.startswith("stvit-r") and settings["depths"][2] == len(settings["layers"])
 
 
