@@ -410,7 +410,8 @@ class AtmHead(nn.Module):
     def forward(self, tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """`valid` (B, n) bool: False for tokens that nothing attends to; None for all."""
         memory = self.norm(self.reduce(tokens))
-        queries = self.queries.expand(len(tokens), -1, -1)
+        # A view of a weight that is made without gradients trips PyTorch's FLOP counter.
+        queries = self.queries.repeat(len(tokens), 1, 1)
         for layer in self.layers:
             queries, logits = layer(queries, memory, valid)
         return logits, self.presence(queries)
