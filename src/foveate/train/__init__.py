@@ -18,6 +18,7 @@ _RECIPES = {
     "dtop": ("dtop", "DtopRecipe"),
     "cutmix": ("cutmix", "CutMixRecipe"),
     "rta": ("rta", "RtaRecipe"),
+    "droppos": ("droppos", "DropPosRecipe"),
     "sit-slim": ("sit_slim", "SitSlimRecipe"),
     "stvit": ("stvit", "STViTRecipe"),
     "davit": ("davit", "DavitRecipe"),
