@@ -500,13 +500,16 @@ def methods(
     results: Annotated[
         Path | None, typer.Option(help="With --pages: the benchmarks' JSON files [benchmarks/results].")
     ] = None,
+    recount: Annotated[
+        bool, typer.Option("--recount", help="With --pages: count the claims anew whose figures are there.")
+    ] = False,
 ) -> None:
-    """List the methods, or tell all about one; with --pages write that down, with claims counted anew."""
+    """List the methods, or tell all about one; with --pages write that down."""
     if pages is not None:
-        _write_pages(pages, slug, results)
+        _write_pages(pages, slug, results, recount)
         return
-    if results is not None:
-        raise InputError("--results goes with --pages")
+    if results is not None or recount:
+        raise InputError("--results and --recount go with --pages")
     if slug is not None:
         _describe(published_class(slug))
         return
@@ -528,13 +531,13 @@ def methods(
     console.print("\n[bright_black]foveate methods NAME tells all about one: what it does, settings, claims.[/]")
 
 
-def _write_pages(folder: Path, slug: str | None, results: Path | None) -> None:
+def _write_pages(folder: Path, slug: str | None, results: Path | None, recount: bool) -> None:
     from foveate.report.pages import write_pages
 
     with _progress() as advance:
-        checked = write_pages(folder, slug, results, on_progress=advance)
+        checked = write_pages(folder, slug, results, recount, on_progress=advance)
     failed = [one for one in checked if not one.holds]
-    print(f"{folder}: {len(checked)} claims measured, {len(failed)} failed")
+    print(f"{folder}: {len(checked)} claims, {len(failed)} failed")
     if failed:
         raise typer.Exit(1)
 

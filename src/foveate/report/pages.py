@@ -19,6 +19,7 @@ from foveate.report.write import check_folder, write_files
 
 if TYPE_CHECKING:
     from foveate.measure.claims import Checked
+    from foveate.method import Claim
 
 INDEX = "index.md"
 RESULTS = Path("benchmarks/results")
@@ -49,10 +50,12 @@ def write_pages(
     folder: Path,
     slug: str | None = None,
     results: Path | None = None,
+    recount: bool = False,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Checked]:
-    """Writes the page of one method, or of all, and the index into `folder`; counts their claims for it.
+    """Writes the page of one method, or of all, and the index into `folder`.
 
+    A claim whose figure the page in `folder` has is not counted again (that of all takes minutes) but with `recount`.
     Each page is there as soon as its claims are counted, so that an interruption loses only the one in work.
 
     Args:
@@ -61,12 +64,12 @@ def write_pages(
         results: folder with the benchmarks' JSON files; None for `RESULTS`, where there is such a folder.
 
     Returns:
-        the claims that were counted. Pages show those that fail too.
+        the claims, with the figures on the pages. Pages show those that fail too.
 
     Raises:
         InputError: for an unknown method, a folder that cannot be written to, results that cannot be read.
     """
-    from foveate.measure.claims import verify
+    from foveate.measure.claims import Checked, count
 
     classes = published() if slug is None else {slug: published_class(slug)}
     check_folder(folder)
@@ -76,10 +79,27 @@ def write_pages(
     for done, (name, cls) in enumerate(classes.items()):
         if on_progress:
             on_progress(done, len(classes), name)
-        checked = verify(name)
-        found += checked
-        write_files(folder, {page_name(name): method_page(cls, [one.ours for one in checked], measured)})
+        page = folder / page_name(name)
+        known = counted(page.read_text(encoding="utf-8")) if page.is_file() and not recount else {}
+        ours = [known[key] if (key := _key(claim)) in known else count(cls, claim) for claim in cls.claims]
+        found += [Checked(name, claim, mine) for claim, mine in zip(cls.claims, ours)]
+        write_files(folder, {page.name: method_page(cls, ours, measured)})
     return found
+
+
+def counted(page: str) -> dict[tuple[str, str, str], float]:
+    """(what, architecture, figure) -> ours, of the claims on a page."""
+    found = {}
+    for line in page.partition("\n## Claims\n")[2].partition("\n## ")[0].splitlines():
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        # The head of the table and the line below it have no figure.
+        if len(cells) == 6 and re.fullmatch(r"[-+.\de]*\d[-+.\de]*", cells[3]):
+            found[cells[0], cells[1], cells[2]] = float(cells[3])
+    return found
+
+
+def _key(claim: Claim) -> tuple[str, str, str]:
+    return " ".join(claim.what.split()), claim.architecture or NOTHING, f"{claim.figure:.6g}"
 
 
 def page_name(slug: str) -> str:
@@ -140,8 +160,9 @@ def method_page(cls: type[Published], ours: Sequence[float], results: Mapping[st
         defaults={name: setting(value) for name, value in defaults.items()},
         claims=[
             {
-                "what": claim.what, "architecture": claim.architecture or NOTHING, "figure": f"{claim.figure:.6g}",
-                "ours": f"{mine:.6g}", "tolerance": f"±{100 * claim.tolerance:g} %", "source": source(claim),
+                **dict(zip(("what", "architecture", "figure"), _key(claim))),
+                # In full: the next run reads it back, see `write_pages`.
+                "ours": f"{mine:.13g}", "tolerance": f"±{100 * claim.tolerance:g} %", "source": source(claim),
             }
             for claim, mine in zip(cls.claims, ours, strict=True)
         ],
