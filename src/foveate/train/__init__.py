@@ -19,6 +19,7 @@ _RECIPES = {
     "cutmix": ("cutmix", "CutMixRecipe"),
     "rta": ("rta", "RtaRecipe"),
     "droppos": ("droppos", "DropPosRecipe"),
+    "seit": ("seit", "SeitRecipe"),
     "sit-slim": ("sit_slim", "SitSlimRecipe"),
     "stvit": ("stvit", "STViTRecipe"),
     "davit": ("davit", "DavitRecipe"),
