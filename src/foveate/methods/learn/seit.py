@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def decode(coded: bytes | memoryview, count: int) -> NDArray[np.int64]:
     if len(last) != count or (len(values) and values[-1] == _MORE):
         raise InputError(f"a picture has {count} ids, not {len(last)}")
     before = np.diff(last, prepend=-1) - 1
-    return _MORE * before + values[last]
+    return _MORE * before + values[last].astype(np.int64)
 
 
 def write_tokens(
@@ -614,10 +614,10 @@ class TokenAugmentation(nn.Module):
         """Ids (B, H, W) and labels (B,), or None, to ids (B, h, w) and labels."""
         if ids.ndim != 3 or min(ids.shape[1:]) < self.crop:
             raise InputError(f"ids must be (B, H, W) of at least {self.crop} x {self.crop}, not {tuple(ids.shape)}")
-        if self.classes and labels is None:
-            raise InputError("there are no labels to mix: hand them over, or set classes=0")
         if not self.training:
             return vision.center_crop(ids, [self.crop] * 2), labels
+        if self.classes and labels is None:
+            raise InputError("there are no labels to mix: hand them over, or set classes=0")
         x = self.codebook.embed(ids)
         if self.color:
             x = self.emb_noise(x) if torch.rand(()) < self.noise else self.color_adapt(x)
@@ -916,7 +916,7 @@ class Seit(Published, nn.Module, PyTorchModelHubMixin):
             raise InputError(f"ids must be {wanted}, not {tuple(ids.shape)} {ids.dtype}")
 
 
-def _configuration(name: str) -> Mapping[str, Any]:
+def _configuration(name: str) -> dict[str, Any]:
     if name not in CONFIGURATIONS:
         raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
     return CONFIGURATIONS[name]
@@ -925,7 +925,7 @@ def _configuration(name: str) -> Mapping[str, Any]:
 def _seen_first(masking: Masking) -> Tensor:
     """(B, N') numbers of the patches that are not dropped, in reading order."""
     kept = int((~masking.dropped[0]).sum()) if len(masking.dropped) else 0
-    return masking.dropped.long().argsort(1, stable=True)[:, :kept]
+    return masking.dropped.long().argsort(dim=1, stable=True)[:, :kept]
 
 
 def _by_patch(ids: Tensor, patch: int) -> Tensor:
