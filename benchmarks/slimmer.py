@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -57,10 +58,13 @@ def tome_at(dense: nn.Module, pictures: Tensor, flops_ratio: float, most: int) -
     """ToMe with the r in 1..`most` whose FLOPs are nearest to that share of dense's."""
     whole = counted(dense, pictures[:1])
 
-    def distance(r: int) -> float:
-        return abs(counted(dense, pictures[:1], functools.partial(apply, dense, ToMe(r=r))) / whole - flops_ratio)
+    @functools.cache
+    def ratio(r: int) -> float:
+        return counted(dense, pictures[:1], functools.partial(apply, dense, ToMe(r=r))) / whole
 
-    return ToMe(r=min(range(1, most + 1), key=distance))
+    # More merged is less spent.
+    first = bisect.bisect_left(range(1, most), -flops_ratio, key=lambda r: -ratio(r)) + 1
+    return ToMe(r=min({max(1, first - 1), first}, key=lambda r: abs(ratio(r) - flops_ratio)))
 
 
 def large(slimmed: dict[str, nn.Module], pairs: int, batch: int, seed: int) -> list[dict[str, Any]]:
