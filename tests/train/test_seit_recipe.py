@@ -39,8 +39,8 @@ def test_the_tokenizer_finds_the_nearest_code() -> None:
     ids = tokenizer.encode(normalised(pictures))
     assert ids.shape == (3, 24, 24) and torch.equal(tokenizer.encode(tokenizer.decode(ids))[0, :2, :2], ids[0, :2, :2])
     made = tokenizer.decode(ids)
-    patch = F.normalize(tokenizer.codebook.weight[ids[1, 5, 7]], dim=0) * tokenizer.parts["radius"]
-    wanted = tokenizer.parts["basis"] @ patch[:-1] + tokenizer.parts["mean"]
+    patch = F.normalize(tokenizer.codebook.weight[ids[1, 5, 7]], dim=0) * tokenizer.radius
+    wanted = tokenizer.basis @ patch[:-1] + tokenizer.mean
     torch.testing.assert_close(made[1, :, 20:24, 28:32], wanted.view(3, 4, 4).clamp(-1, 1))
     error = (made - normalised(pictures)).square().mean()
     flat = (normalised(pictures) - normalised(pictures).mean((0, 2, 3), keepdim=True)).square().mean()
@@ -60,6 +60,19 @@ def test_pretraining(folder: tuple[Path, dict[str, Any]]) -> None:
     assert file.labels is not None and torch.equal(file.labels, pictures["label"])
     assert metrics["masked_loss"] > 0 and 0 <= metrics["masked_accuracy"] <= 1 and metrics["token_bytes"] > 512
     assert isinstance(Seit.from_pretrained(out), Seit)
+
+
+def test_tokens_are_made_anew_for_other_pictures(tmp_path: Path) -> None:
+    first = SeitSettings(**SeitRecipe.smoke)
+    made = SeitRecipe.prepare(first, 0, tmp_path)
+    before = (tmp_path / "train.tokens").read_bytes()
+    assert SeitRecipe.prepare(first, 0, tmp_path) == made and (tmp_path / "train.tokens").read_bytes() == before
+    SeitRecipe.prepare(first, 1, tmp_path)
+    other = (tmp_path / "train.tokens").read_bytes()
+    assert other != before
+    (tmp_path / "train.tokens").write_bytes(other[:-1])
+    SeitRecipe.prepare(first, 1, tmp_path)
+    assert (tmp_path / "train.tokens").read_bytes() == other, "a damaged file is made again"
 
 
 def test_the_other_stages(folder: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -91,6 +104,8 @@ def test_what_a_stage_trains(folder: tuple[Path, dict[str, Any]]) -> None:
     ):  # fmt: skip
         with pytest.raises(InputError, match=why):
             SeitSettings(**bad)
+    with pytest.raises(InputError, match="another seed"):
+        SeitRecipe(SeitSettings(**(SeitRecipe.smoke | {"stage": "adapt", "tokens": start})), 1)
     with pytest.raises(InputError, match="no tokenizer"):
         recipe(tokens="nowhere")
     with pytest.raises(InputError, match=r"no model\.safetensors"):
@@ -100,6 +115,6 @@ def test_what_a_stage_trains(folder: tuple[Path, dict[str, Any]]) -> None:
 def test_a_tokenizer_and_tokens_of_others_are_noticed(folder: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "train.tokens").write_bytes((folder[0] / "train.tokens").read_bytes())
     other = PatchTokenizer.fit(single_objects("test", 0, 2)["image"], 16, 0)
-    write_tensors(tmp_path / "tokenizer.safetensors", other.parts)
+    write_tensors(tmp_path / "tokenizer.safetensors", other.state_dict())
     with pytest.raises(InputError, match="not made by the tokenizer"):
         stored(SeitSettings(tokens=str(tmp_path)))

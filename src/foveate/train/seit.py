@@ -108,16 +108,22 @@ class SeitSettings(Settings):
             raise InputError("a probe needs start, the folder of a pre-training")
 
 
-class PatchTokenizer:
+class PatchTokenizer(nn.Module):
     """Codes of patches of 4 x 4 px, found by k-means: a linear map to `channels` numbers, and the nearest direction.
 
     A patch's first principal components z become `(z, sqrt(R^2 - |z|^2))`, all of length R, so that the direction tells
     dark from bright, too. Pictures (B, 3, H, W) in -1..1 <-> ids (B, H / 4, W / 4).
     """
 
-    def __init__(self, parts: dict[str, Tensor]) -> None:
-        self.parts = parts
-        self.codebook = Codebook(parts["codebook"])
+    basis: Tensor
+    mean: Tensor
+    radius: Tensor
+
+    def __init__(self, codes: Tensor, basis: Tensor, mean: Tensor, radius: Tensor) -> None:
+        super().__init__()
+        self.codebook = Codebook(codes)
+        for name, value in (("basis", basis), ("mean", mean), ("radius", radius)):
+            self.register_buffer(name, value)
 
     @classmethod
     def fit(cls, pictures: Tensor, codes: int, seed: int, channels: int = 32) -> PatchTokenizer:
@@ -133,26 +139,26 @@ class PatchTokenizer:
         radius = ((patches - mean) @ basis).norm(dim=1).quantile(0.99)
         points = F.normalize(_lifted((patches - mean) @ basis, radius), dim=1)
         found, _ = kmeans2(points.numpy(), points[:codes].numpy().copy(), iter=15, minit="matrix", missing="warn")
-        codebook = F.normalize(torch.from_numpy(found).float(), dim=1) * channels**0.5
-        return cls({"codebook": codebook, "basis": basis.contiguous(), "mean": mean, "radius": radius.view(1)})
+        return cls(F.normalize(torch.from_numpy(found).float(), dim=1) * channels**0.5, basis, mean, radius)
 
     @classmethod
     def load(cls, file: Path) -> PatchTokenizer:
         """InputError where the file is none."""
         try:
-            return cls(load_file(file))
+            parts = load_file(file)
+            return cls(parts["codebook.weight"], parts["basis"], parts["mean"], parts["radius"])
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{file}: no tokenizer ({' '.join(str(error).split())[:100]})") from None
 
     def encode(self, pictures: Tensor) -> Tensor:
         height, width = (side // PATCH for side in pictures.shape[-2:])
-        lifted = _lifted((_patches(pictures) - self.parts["mean"]) @ self.parts["basis"], self.parts["radius"])
+        lifted = _lifted((_patches(pictures) - self.mean) @ self.basis, self.radius)
         return self.codebook.quantise(lifted.transpose(1, 2).unflatten(2, (height, width)))
 
     def decode(self, ids: Tensor) -> Tensor:
-        codes = F.normalize(self.codebook.embed(ids).flatten(2), dim=1).transpose(1, 2) * self.parts["radius"]
-        patches = codes[..., :-1] @ self.parts["basis"].T + self.parts["mean"]
-        size = [side * PATCH for side in ids.shape[1:]]
+        codes = F.normalize(self.codebook.embed(ids).flatten(2), dim=1).transpose(1, 2) * self.radius
+        patches = codes[..., :-1] @ self.basis.T + self.mean
+        size = (ids.shape[1] * PATCH, ids.shape[2] * PATCH)
         return F.fold(patches.transpose(1, 2), size, PATCH, stride=PATCH).clamp(-1, 1)
 
 
@@ -168,17 +174,21 @@ def _lifted(z: Tensor, radius: Tensor) -> Tensor:
 class _Objective(nn.Module):
     """All that is computed on a batch in one `forward`, as several processes need it."""
 
-    def __init__(self, student: Any, codebook: Codebook, augmentation: TokenAugmentation, stage: str) -> None:
+    def __init__(
+        self, student: Any, tokenizer: PatchTokenizer, augmentation: TokenAugmentation, stage: str
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.student, self.codebook, self.augmentation, self.stage = student, codebook, augmentation, stage
+        self.student, self.tokenizer, self.augmentation, self.stage = student, tokenizer, augmentation, stage
 
-    def forward(self, ids: Tensor, more: dict[str, Tensor], tokenizer: PatchTokenizer) -> tuple[Tensor, dict[str, Any]]:
-        if self.stage == "adapt":
+    def forward(
+        self, ids: Tensor, label: Tensor | None = None, image: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if image is not None:
             geometry = Geometry.draw(len(ids), 2 * GRID, 2 * CROP, self.augmentation.scale)
             with torch.no_grad():
-                target = tokenizer.encode(geometry(normalised(more["image"])))
-            return self.student.loss(self.codebook.embed(ids), geometry, target), {}
-        ids, weights = self.augmentation(ids, more.get("label"))
+                target = self.tokenizer.encode(geometry(normalised(image)))
+            return self.student.loss(self.tokenizer.codebook.embed(ids), geometry, target), {}
+        ids, weights = self.augmentation(ids, label)
         if self.stage == "pretrain":
             return self.student.loss(ids)
         if self.stage == "probe":
@@ -204,13 +214,14 @@ class SeitRecipe(Recipe):
             return dataclasses.replace(settings, tokens=settings.tokens or settings.start)
         settings = dataclasses.replace(settings, tokens=str(out))
         try:
-            if len(stored(settings)[1]) == settings.pictures:
+            file = stored(settings)[1]
+            if (len(file), file.codes) == (settings.pictures, settings.codes) and _of_seed(file, seed):
                 return settings
         except InputError:
             pass  # Nothing is there yet, or it was damaged.
         pictures = single_objects("train", seed, settings.pictures)
         tokenizer = PatchTokenizer.fit(pictures["image"], settings.codes, seed)
-        write_tensors(out / "tokenizer.safetensors", tokenizer.parts)
+        write_tensors(out / "tokenizer.safetensors", tokenizer.state_dict())
         write_tokens(
             out / "train.tokens", (tokenizer.encode(normalised(some)) for some in pictures["image"].split(64)),
             codes=settings.codes, labels=pictures["label"], classes=len(NAMES),
@@ -226,6 +237,8 @@ class SeitRecipe(Recipe):
         sizes |= {"codes": codes, "channels": channels, "grid": CROP}
         if stage == "adapt":
             shape = {"codes": codes, "channels": channels, "width": settings.width, "heads": settings.heads}
+            if not _of_seed(self.file, seed):
+                raise InputError(f"{self.file.path} has pictures of another seed than {seed}")
             self.student: Any = TokenAdapt(grid=GRID, crop=CROP, **shape)
             self.pictures = single_objects("train", seed, len(self.file))["image"]
         elif stage == "pretrain":
@@ -244,7 +257,7 @@ class SeitRecipe(Recipe):
             self.tokenizer.codebook, adapt, crop=CROP, scale=(settings.least, 1.0), color=settings.color,
             noise_std=settings.noise_std, classes=len(NAMES) if settings.mix and tuned else 0,
         )  # fmt: skip
-        self.model = _Objective(self.student, self.tokenizer.codebook, augmentation, stage)
+        self.model = _Objective(self.student, self.tokenizer, augmentation, stage)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
         tuned = self.settings.stage in ("finetune", "probe")
@@ -259,8 +272,7 @@ class SeitRecipe(Recipe):
         return made
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        more = {name: value for name, value in batch.items() if name != "ids"}
-        loss, parts = model(batch["ids"], more, self.tokenizer)
+        loss, parts = model(**batch)
         return loss, {name: float(value) for name, value in parts.items()}
 
     def rate(self, name: str) -> float:
@@ -277,12 +289,12 @@ class SeitRecipe(Recipe):
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """On the test split: what the stage is about, and what the pictures take on disk as tokens."""
+        device = next(self.student.parameters()).device
+        self.model.to("cpu").eval()
         pictures = single_objects("test", 0, self.settings.test_scenes)
         ids = torch.cat([self.tokenizer.encode(normalised(some)) for some in pictures["image"].split(64)])
-        device = next(self.student.parameters()).device
-        self.student.to("cpu").eval()
         about: dict[str, Any] = {"split": "test", "pictures": len(ids), "stage": self.settings.stage}
-        cut = self.model.augmentation.eval()(ids)[0]  # type: ignore[operator, union-attr]
+        cut = self.model.augmentation(ids)[0]
         if self.settings.stage == "adapt":
             about |= self._adapted(ids, pictures["image"])
         elif self.settings.stage == "pretrain":
@@ -290,7 +302,7 @@ class SeitRecipe(Recipe):
         else:
             logits = torch.cat([self.student(some) for some in cut.split(100)])
             about |= {"labelled": self.labelled, **accuracy_and_calibration(logits, pictures["label"])}
-        self.student.to(device)
+        self.model.to(device)
         return about
 
     def _found(self, ids: Tensor) -> dict[str, float]:
@@ -340,6 +352,12 @@ def stored(settings: SeitSettings) -> tuple[PatchTokenizer, TokenFile]:
     if file.codebook != tokenizer.codebook.fingerprint or file.grid != (GRID, GRID):
         raise InputError(f"{file.path} was not made by the tokenizer beside it")
     return tokenizer, file
+
+
+def _of_seed(file: TokenFile, seed: int) -> bool:
+    """Whether the file has the training pictures of that seed, told by the first labels."""
+    some = min(16, len(file))
+    return file.labels is not None and torch.equal(file.labels[:some], single_objects("train", seed, some)["label"])
 
 
 def _from_folder(cls: type[Any], folder: str) -> Any:
