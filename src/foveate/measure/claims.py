@@ -13,7 +13,8 @@ the exact shapes:
   the run has to be the charged numbers one layer later.
 * `projector-macs`: multiply-adds of the exact projector at the number of tokens that leave the encoder.
 
-Models of a method's own (`Claim.model`) are built on the meta device; `macs` counts half of their FLOPs, `flops` all.
+Models of a method's own (`Claim.model`) are built on the meta device; `macs` counts half of their FLOPs, `flops` all,
+`linear-flops` those of linear and convolution layers alone, as counters do that watch layers.
 
 KV bytes are the visual share of the cache in fp16, at the twin's real cache lengths.
 """
@@ -30,7 +31,7 @@ import torch
 
 from foveate.apply import apply
 from foveate.hosts.architectures import Architecture, architecture
-from foveate.measure.flops import count_flops
+from foveate.measure.flops import count_flops, count_linear_flops
 from foveate.measure.memory import kv_lengths
 from foveate.measure.provenance import visual_tokens
 from foveate.method import Claim, InputError, Method, Published, build, published, published_class
@@ -102,9 +103,11 @@ def _of_model(build: Callable[[], torch.nn.Module], claim: Claim) -> float:
         model = build().eval()
         if claim.kind == "parameters":
             return float(sum(weight.numel() for weight in model.parameters()))
-        if claim.kind != "flops" or claim.inputs is None or claim.counting not in ("macs", "flops"):
+        if claim.kind != "flops" or claim.inputs is None or claim.counting not in ("macs", "flops", "linear-flops"):
             raise InputError(f"{claim.what}: a model has parameters, or flops ('macs', 'flops') of inputs")
         inputs = claim.inputs()
+        if claim.counting == "linear-flops":
+            return float(count_linear_flops(lambda: model(*inputs)))
         flops = count_flops(lambda: model(*inputs))
     return flops / 2 if claim.counting == "macs" else float(flops)
 

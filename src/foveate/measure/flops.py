@@ -56,3 +56,12 @@ def count_flops(run: Callable[[], object]) -> int:
     with flop_counter() as counter:
         run()
     return int(counter.get_total_flops())
+
+
+def count_linear_flops(run: Callable[[], object]) -> int:
+    """FLOPs of linear and convolution layers in one call of `run`, without products of activations (attention)."""
+    aten = torch.ops.aten
+    with flop_counter() as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return int(sum(counts.get(kernel, 0) for kernel in (aten.mm, aten.addmm, aten.convolution, aten._convolution)))
