@@ -16,6 +16,7 @@ _RECIPES = {
     "evad": ("evad", "EvadRecipe"),
     "sparsifiner": ("sparsifiner", "SparsifinerRecipe"),
     "dtop": ("dtop", "DtopRecipe"),
+    "hot": ("hot", "HotRecipe"),
     "cutmix": ("cutmix", "CutMixRecipe"),
     "rta": ("rta", "RtaRecipe"),
     "droppos": ("droppos", "DropPosRecipe"),
