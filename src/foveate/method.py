@@ -291,7 +291,7 @@ class Method(Published):
     """Whether the encoder's attention counts a merged token as often as it has patches (ToMe's `+ log s`)."""
     newlines: str = "whole"
     """Whose newline tokens stay, in any-resolution models, when tokens go before the language model: only those of rows
-    that stay "whole", or those of "every" row of the crops."""
+    that stay "whole", those of "every" row of the crops, or "none"."""
 
     @classmethod
     def handlers(cls) -> dict[str, str]:

@@ -45,11 +45,11 @@ class Packing:
         here[self.stream[self.stream >= 0]] = True
         return here.reshape(self.rows, width)
 
-    def survivors(self, kept: Tensor, every_newline: bool = False) -> Tensor:
+    def survivors(self, kept: Tensor, newlines: str = "whole") -> Tensor:
         """(n,) bool: which features stay, of kept (rows, width) slots.
 
-        A newline stays when its whole row of the crops did, or in any case; see `Method.newlines`. One that ends a
-        picture without crops stays when anything of it did.
+        Which newlines stay, says `Method.newlines`. One that ends a picture without crops stays when anything of it
+        did, unless none do.
         """
         alive = kept.reshape(-1)[self.stream.clamp(min=0)].clone()
         ends = (self.stream == NEWLINE).nonzero().squeeze(1).tolist()
@@ -57,7 +57,8 @@ class Packing:
         start = kept.shape[1] if self.grid != (0, 0) else 0
         for end in ends:
             row = alive[start:end]
-            alive[end] = row.any() if self.grid == (0, 0) else every_newline or row.all()
+            stays = row.any() if self.grid == (0, 0) else newlines == "every" or bool(row.all())
+            alive[end] = stays and newlines != "none"
             start = end + 1
         return alive
 
@@ -267,7 +268,8 @@ class LlavaHost(VisionLanguageHost):
         place = Tokens.from_grid(torch.zeros(1, patches, 0), self._grid).position[0]
         place = torch.cat([torch.zeros(prefix, 3), place])
         before = (method for stage, method in self.plan.items() if stage.startswith(("vision", "projector")))
-        every_newline = any(method.newlines == "every" for method in before)
+        # Of a stack, who keeps most of them has its way.
+        newlines = max((method.newlines for method in before), key=("none", "whole", "every").index, default="whole")
         images, first = [], 0
         for packing in self._packings:
             count, stream = packing.rows, packing.stream
@@ -291,7 +293,7 @@ class LlavaHost(VisionLanguageHost):
             position[..., 0] = torch.arange(count).unsqueeze(1)
             where = position.reshape(-1, 3)[stream.clamp(min=0)]
             marks = {name: values[here].reshape(-1) for name, values in self.marks.items()}
-            alive = packing.survivors(kept, every_newline)
+            alive = packing.survivors(kept, newlines)
             images.append(EncodedImage(alive, where, owner.reshape(-1), count, records, marks))
             first += count
         return images

@@ -249,12 +249,12 @@ def test_a_text_alone_is_left_untouched() -> None:
 
 
 def packed(
-    host: Any, pixels: Tensor, crops: tuple[int, int], size: tuple[int, int], stay: list[list[int]]
+    host: Any, pixels: Tensor, crops: tuple[int, int], size: tuple[int, int], stay: list[list[int]], newlines: str
 ) -> tuple[Tensor, int]:
     """The features of one picture as they enter the language model, and how many patches are among them.
 
-    The thumbnail in raster order, then all crops laid out as one map, cut to the picture's shape, row by row. A row
-    of which everything stays ends with the newline token.
+    The thumbnail in raster order, then all crops laid out as one map, cut to the picture's shape, row by row. With
+    "whole", a row of which everything stays ends with the newline token.
     """
     model = host.model
     state = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -273,20 +273,21 @@ def packed(
         row = [laid[:-1, y, x] for x in range(laid.shape[2]) if laid[-1, y, x]]
         out += row
         patches += len(row)
-        if len(row) == laid.shape[2]:
+        if newlines == "whole" and len(row) == laid.shape[2]:
             out.append(model.image_newline)
     return torch.stack(out), patches
 
 
 @pytest.mark.parametrize(("keep", "alpha"), [(0.3, 0.5), (0.4, 0.0), (0.95, 0.3)])
 @pytest.mark.parametrize("size", [*SIZES, (20, 24), (13, 30), (24, 9)])
+@pytest.mark.parametrize("rule", ["none", "whole"])
 @torch.no_grad()
-def test_what_enters_the_language_model(size: tuple[int, int], keep: float, alpha: float) -> None:
+def test_what_enters_the_language_model(rule: str, size: tuple[int, int], keep: float, alpha: float) -> None:
     """Order, unpadding, newlines; and the budget is never exceeded by patches, padding only loses some."""
     host = vlm("next")
     given = prompt(host, [(2, 6)], sizes=[size])
     entered: list[Tensor] = []
-    with foveate.apply(host, HiRed(keep=keep, alpha=alpha)) as applied:
+    with foveate.apply(host, HiRed(keep=keep, alpha=alpha, newlines=rule)) as applied:
         handle = host.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: entered.append(a[0]))
         host(**given)
         handle.remove()
@@ -294,12 +295,12 @@ def test_what_enters_the_language_model(size: tuple[int, int], keep: float, alph
     crops = picture.grid
     pixels = given["pixel_values"][0, : 1 + crops[0] * crops[1]]
     stay = expected(host, pixels, crops, keep, alpha)
-    features, patches = packed(host, pixels, crops, size, stay)
+    features, patches = packed(host, pixels, crops, size, stay, rule)
     torch.testing.assert_close(entered[0][0, 2:-6], features, rtol=1e-4, atol=1e-5)
     assert patches <= int(len(pixels) * 16 * Fraction(str(keep)))
     # Newlines stay only with their whole rows, which takes most of a crop.
     newlines = len(features) - patches
-    assert newlines == 0 if keep < 0.5 and alpha else newlines <= 4 * crops[0]
+    assert newlines == 0 if rule == "none" or (keep < 0.5 and alpha) else newlines <= 4 * crops[0]
     # Dense, every row ends with one.
     dense = int((given["input_ids"] == IMAGE).sum())
     assert len(features) < dense

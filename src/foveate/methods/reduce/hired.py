@@ -29,10 +29,12 @@ class HiRed(Method):
     HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models in
     Resource-Constrained Environments, AAAI 2025, https://arxiv.org/abs/2408.10945.
 
-    What differs: the paper sums attention over heads, here it is the mean, which ranks and shares alike. The release
-    has no newline tokens while it drops; here the host keeps a newline where its whole row of patches stays, so that
-    at a `keep` near 1 a few tokens that are no patches come on top of N. An encoder without class token (SigLIP) is
-    scored by the attention that each patch receives from all others, which is this project's substitute.
+    While it drops there are no newline tokens. With `newlines="whole"` (ours, as for other methods here) one stays
+    where its whole row of patches does: at a `keep` near 1, a few tokens that are no patches come on top of N.
+
+    What differs: the paper sums attention over heads, here it is the mean, which ranks and shares alike. An encoder
+    without class token (SigLIP) is scored by the attention that each patch receives from all others, which is this
+    project's substitute.
     """
 
     card = Card(
@@ -46,6 +48,7 @@ class HiRed(Method):
             "alpha": "share of the budget for the thumbnail, in [0, 1]",
             "regions": "which patches of the thumbnail show a crop: 'blocks' (paper), or raster 'strips' (release)",
             "score": "of a crop: 'attention' in its region (paper), or a 'count' of top patches there (first release)",
+            "newlines": "that stay, of any-resolution models: 'none', or those of rows that stay 'whole' (ours)",
         },
     )  # fmt: skip
 
@@ -86,12 +89,14 @@ class HiRed(Method):
     )  # fmt: skip
 
     def __init__(
-        self, *, keep: float = 0.2, alpha: float = 0.5, regions: str = "blocks", score: str = "attention"
-    ) -> None:
+        self, *, keep: float = 0.2, alpha: float = 0.5, regions: str = "blocks", score: str = "attention",
+        newlines: str = "none",
+    ) -> None:  # fmt: skip
         self.keep = share("keep", keep)
         self.alpha = within("alpha", alpha, "[0, 1]")
         self.regions = choice("regions", regions, ("blocks", "strips"))
         self.score = choice("score", score, ("attention", "count"))
+        self.newlines = choice("newlines", newlines, ("none", "whole"))
 
     def acts_at(self, host: HostShape) -> tuple[str, ...]:
         return ("vision.output",) if self.keep < 1 else ()
