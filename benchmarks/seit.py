@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="of everything")
     parser.add_argument("--steps", type=int, default=1200, help="of a pre-training")
     parser.add_argument("--tuning-steps", type=int, default=400, help="of each classifier, and of TokenAdapt")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--pictures", type=int, default=3000, help="stored as tokens")
     parser.add_argument("--labels", type=float, default=0.1, help="share of them that has labels")
     parser.add_argument("--test", type=int, default=1000, help="pictures of the test split")
@@ -56,6 +57,7 @@ def main() -> None:
             if not options.smoke:
                 tuning = settings.get("stage", "pretrain") != "pretrain"
                 settings |= {"pictures": options.pictures, "test_scenes": options.test, "labels": options.labels}
+                settings["batch"] = options.batch
                 settings["steps"] = options.tuning_steps if tuning else options.steps
             settings["threads"] = options.threads
             runs.setdefault(name, []).append(

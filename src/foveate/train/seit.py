@@ -253,11 +253,11 @@ class SeitRecipe(Recipe):
         self.labelled = max(1, round(settings.labels * len(self.file)))
         tuned = stage in ("finetune", "probe")
         adapt = _from_folder(TokenAdapt, settings.adapt) if settings.adapt else None
-        augmentation = TokenAugmentation(
+        self.augmentation = TokenAugmentation(
             self.tokenizer.codebook, adapt, crop=CROP, scale=(settings.least, 1.0), color=settings.color,
             noise_std=settings.noise_std, classes=len(NAMES) if settings.mix and tuned else 0,
         )  # fmt: skip
-        self.model = _Objective(self.student, self.tokenizer, augmentation, stage)
+        self.model = _Objective(self.student, self.tokenizer, self.augmentation, stage)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
         tuned = self.settings.stage in ("finetune", "probe")
@@ -294,7 +294,7 @@ class SeitRecipe(Recipe):
         pictures = single_objects("test", 0, self.settings.test_scenes)
         ids = torch.cat([self.tokenizer.encode(normalised(some)) for some in pictures["image"].split(64)])
         about: dict[str, Any] = {"split": "test", "pictures": len(ids), "stage": self.settings.stage}
-        cut = self.model.augmentation(ids)[0]
+        cut = self.augmentation(ids)[0]
         if self.settings.stage == "adapt":
             about |= self._adapted(ids, pictures["image"])
         elif self.settings.stage == "pretrain":
