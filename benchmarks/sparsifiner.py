@@ -3,7 +3,7 @@
 `product`: of one layer, DeiT-S' heads, at several numbers of tokens N. Times from interleaved pairs as a ratio to dense
 SDPA of all N x N: `product` is the sparse product with keys given; `all` finds them too (estimate and selection). The
 break-even share is where the ratio crosses 1, interpolated between the budgets measured; null where all are above
-(dense is never beaten), 1 where all are below. The masked dense product, which skips nothing, stands beside.
+(dense is never beaten), the greatest where all are below. The masked dense product, which skips nothing, stands beside.
 
 `model`: ViT-B/16 at 224 x 224, batch 8, whole forwards, random weights: time and FLOPs to dense, beside ToMe.
 
@@ -84,7 +84,7 @@ def break_even(shares: list[float], ratios: list[float]) -> float | None:
     for (low, before), (high, after) in zip(zip(shares, ratios), zip(shares[1:], ratios[1:])):
         if after >= 1:
             return float(np.interp(1.0, [before, after], [low, high]))
-    return 1.0
+    return shares[-1]
 
 
 def products(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -174,8 +174,9 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"method": "tome", "r": r, "precision": precision, "flops_ratio": count_flops(run) / flops}
         results.append(row | ratio(dense, run, options))
         print(results[-1])
-    dense_model.set_input_size(img_size=(48, 48))
-    smaller = _Smaller(dense_model)
+    small = zoo.load("tiny-vit")
+    small.set_input_size(img_size=(48, 48))
+    smaller = _Smaller(small)
     note({"method": "pool, half the side"}, smaller, functools.partial(smaller, pictures))
     return results
 
