@@ -740,7 +740,7 @@ def _uniform_loss(cls: type[Seit]) -> float:
     """The loss of a model that knows nothing."""
     model = cls.named("scenes", depth=1, decoder_depth=1, codes=391).eval()
     ids = torch.zeros(2, model.grid, model.grid, dtype=torch.long)
-    masking = model.draw(2)
+    masking = Masking(*torch.ones(2, 2, (model.grid // 2) ** 2).bool())
     return float(model.loss_of(torch.zeros(2, (model.grid // 2) ** 2, 4, 391), ids, masking))
 
 
