@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from foveate import train
 from foveate.data.motion import Motions
 from foveate.method import InputError
 from foveate.methods.reduce.hot import Hot, Lifted
-from foveate.train.hot import HotRecipe, HotSettings
+from foveate.train.hot import AVERAGES, HotRecipe, HotSettings
 from motion_files import walking
 
 
@@ -89,3 +90,36 @@ def test_smoke(clips: str, tmp_path: Path) -> None:
     assert model.frames == 9 and model.recovery == "attention"
     with pytest.raises(InputError, match="config must be one of mixste"):
         HotSettings(config="huge")
+
+
+@torch.no_grad()
+def test_averages_of_frames(clips: str) -> None:
+    x = torch.randn(2, 9, 17, 16, generator=torch.Generator().manual_seed(0))
+    pooled = recipe(clips, reducer="pool").lifter
+    mean, frames = pooled.shorten(x, x)
+    torch.testing.assert_close(mean, torch.stack([x[:, k : k + 3].mean(1) for k in (0, 3, 6)], 1))
+    assert frames.tolist() == [[1, 4, 7]] * 2
+    # Frames 2 and 6 apart, each repeated: merged until the three that differ are left, each the mean of its own.
+    merged = recipe(clips, reducer="merge").lifter
+    distinct, order = torch.randn(2, 3, 17, 16), torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    weight = torch.rand(2, 9, 17, 1) * 0.01 + 1
+    mean, frames = merged.shorten(distinct[:, order] * weight, x)
+    assert frames.tolist() == [[0, 4, 7]] * 2
+    wanted = torch.stack([(distinct[:, order] * weight)[:, order == k].mean(1) for k in range(3)], 1)
+    torch.testing.assert_close(mean, wanted)
+    out = merged.lift(torch.randn(2, 9, 17, 2))
+    assert out.poses.shape == (2, 9, 17, 3) and bool(out.poses.isfinite().all())
+
+
+@pytest.mark.parametrize("reducer", AVERAGES)
+def test_smoke_of_averages(clips: str, tmp_path: Path, reducer: str) -> None:
+    out = tmp_path / "out"
+    metrics = train.run("hot", out=out, smoke=True, threads=1, clips=clips, reducer=reducer)
+    assert metrics["mpjpe_mm"] > 0 and json.loads((out / "config.json").read_text())["reducer"] == reducer
+
+
+def test_averages_are_of_no_one_frame(clips: str) -> None:
+    with pytest.raises(InputError, match="a reducer goes with recovery"):
+        recipe(clips, reducer="pool", recovery="none")
+    with pytest.raises(InputError, match="reducer must be one of pool, merge"):
+        HotSettings(reducer="mean")

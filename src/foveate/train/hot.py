@@ -1,6 +1,7 @@
 """Recipe for `hot`: a small MixSTE that lifts 2-D keypoints to 3-D, from scratch, on motion-capture clips.
 
-The paper's loss. With `recovery="none"` and `keep` as many as `frames` it is the host alone.
+The paper's loss. With `recovery="none"` and `keep` as many as `frames` it is the host alone; to compare with, frames
+can be averaged instead of chosen.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foveate.data.motion import Motions
 from foveate.measure.flops import count_flops
-from foveate.method import InputError
+from foveate.method import InputError, choice
 from foveate.methods.reduce.hot import CONFIGURATIONS, Hot
-from foveate.tokens import take
-from foveate.train.loop import Batch, Recipe, Settings
+from foveate.nn.matching import partners
+from foveate.tokens import Tokens, take
+from foveate.train.loop import Batch, Recipe, Settings, write_json, write_tensors
 from foveate.train.sit_slim import save
 
 
@@ -30,12 +33,13 @@ class HotSettings(Settings):
         host, frames, keep, prune_layer, select, recovery: of `foveate.methods.reduce.hot.Hot`; "" and 0 for the
             configuration's.
         width, depth, heads: of the host; 0 for the configuration's.
+        reducer: "" to choose frames, or one of `AVERAGES` instead.
         noise: of the keypoints, see `foveate.data.motion.Motions`.
         clips: a folder of clips, "" for those of the package `pybullet`.
     """
 
     steps: int = 3000
-    batch: int = 16
+    batch: int = 8
     lr: float = 1e-3
     warmup: int = 100
     test_scenes: int = 400
@@ -50,6 +54,7 @@ class HotSettings(Settings):
     width: int = 0
     depth: int = 0
     heads: int = 0
+    reducer: str = ""
     noise: float = 0.01
     clips: str = ""
 
@@ -57,9 +62,34 @@ class HotSettings(Settings):
         super().__post_init__()
         if self.config not in CONFIGURATIONS:
             raise InputError(f"config must be one of {', '.join(CONFIGURATIONS)}, not {self.config!r}")
+        if self.reducer:
+            choice("reducer", self.reducer, AVERAGES)
 
 
 _CHANGES = ("host", "frames", "keep", "prune_layer", "select", "recovery", "width", "depth", "heads")
+AVERAGES = ("pool", "merge")
+"""Means of frames one after the other, and ToMe's matching on the mean over the joints, until f are left."""
+
+
+class Averaged(Hot):
+    """`Hot` with means of frames in place of frames that are chosen."""
+
+    reducer = "pool"
+
+    def shorten(self, x: Tensor, keypoints: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.reducer == "pool":
+            middles = torch.arange(self.keep, device=x.device).add(0.5).mul(self.frames / self.keep).long()
+            mean = F.adaptive_avg_pool1d(x.flatten(2).transpose(1, 2), self.keep).transpose(1, 2)
+            return mean.unflatten(2, x.shape[2:]), middles.expand(len(x), -1)
+        tokens = Tokens.from_grid(x.flatten(2), (1, self.frames))
+        while (now := tokens.x.shape[1]) > self.keep:
+            left = max(self.keep, now - now // 2)
+            metric = self.lifter.pool(tokens.x.detach().unflatten(2, x.shape[2:]))
+            tokens = tokens.merge(partners(metric, now - left, "place"), tokens.size, groups=left)
+        frame = torch.arange(self.frames, device=x.device).expand_as(tokens.source)
+        first = frame.new_full((len(x), self.keep), self.frames)
+        first.scatter_reduce_(1, tokens.source, frame, "amin")
+        return tokens.x.unflatten(2, x.shape[2:]), first
 
 
 class _Objective(nn.Module):
@@ -85,7 +115,11 @@ class HotRecipe(Recipe):
     def __init__(self, settings: HotSettings, seed: int) -> None:
         self.settings = settings
         changes = {name: value for name in _CHANGES if (value := getattr(settings, name))}
-        self.lifter: Hot = Hot.named(settings.config, **changes)
+        self.lifter: Hot = (Averaged if settings.reducer else Hot).named(settings.config, **changes)
+        if isinstance(self.lifter, Averaged):
+            if self.lifter.recovery != "attention":
+                raise InputError("a reducer goes with recovery 'attention': what is averaged is of no one frame")
+            self.lifter.reducer = settings.reducer
         self.channels: int = (CONFIGURATIONS[settings.config] | changes)["channels"]
         self.model: _Objective = _Objective(self.lifter)
         self.motions = self._motions("train", seed)
@@ -108,6 +142,10 @@ class HotRecipe(Recipe):
         return loss, {name: float(value.detach()) for name, value in parts.items()}
 
     def export(self, folder: Path) -> None:
+        if self.settings.reducer:
+            write_tensors(folder / "model.safetensors", self.lifter.state_dict())
+            write_json(folder / "config.json", {"name": self.name, "reducer": self.settings.reducer})
+            return
         save(self.lifter, folder)
 
     @torch.no_grad()

@@ -239,6 +239,13 @@ class Hot(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
             score[:, self.centre] = math.inf
         return score.sort(dim=1, descending=True, stable=True).indices[:, : self.keep].sort(dim=1).values
 
+    def shorten(self, x: Tensor, keypoints: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, f, S, C) of tokens (B, F, S, C), and the frames (B, f) they are of, prescribed or chosen."""
+        kept = self.choose(x, keypoints) if kept is None else kept
+        if self.keep < self.frames:
+            x = take(x.flatten(2), kept).unflatten(2, x.shape[2:])
+        return x, kept
+
     def lift(self, keypoints: Tensor, kept: Tensor | None = None) -> Lifted:
         """Poses of clips (B, F, J, c), and which frames stayed; `kept` (B, f), ascending, prescribes them."""
         if keypoints.ndim != 4 or keypoints.shape[1] != self.frames:
@@ -246,9 +253,7 @@ class Hot(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         x = self.lifter.embed(keypoints)
         for index in range(self.lifter.depth):
             if index == self.prune_layer:
-                kept = self.choose(x, keypoints) if kept is None else kept
-                if self.keep < self.frames:
-                    x = take(x.flatten(2), kept).unflatten(2, x.shape[2:])
+                x, kept = self.shorten(x, keypoints, kept)
                 if self.position is not None:
                     x = x + self.position
             x = self.lifter.layer(index, x)
@@ -333,7 +338,9 @@ class TokenRecovery(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tracks = x.transpose(1, 2)
         memory = tracks.flatten(0, 1)
-        made: Tensor = self.queries + self.attention(self.queries, memory, memory)
+        # A weight as a module's argument, without gradients, trips PyTorch's FLOP counter.
+        queries = self.queries.clone()
+        made: Tensor = queries + self.attention(queries, memory, memory)
         return made.unflatten(0, tracks.shape[:2]).transpose(1, 2)
 
 
