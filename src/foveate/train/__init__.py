@@ -23,6 +23,7 @@ _RECIPES = {
     "seit": ("seit", "SeitRecipe"),
     "sit-slim": ("sit_slim", "SitSlimRecipe"),
     "stvit": ("stvit", "STViTRecipe"),
+    "ssm-prune": ("ssm_prune", "SsmPruneRecipe"),
     "davit": ("davit", "DavitRecipe"),
     "strip-mlp": ("strip_mlp", "StripMlpRecipe"),
 }
