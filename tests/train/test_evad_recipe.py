@@ -134,3 +134,17 @@ def test_smoke(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "labels.json").read_text()) == list(ACTIONS)
     model = EvadDetector.from_pretrained(tmp_path)
     assert model.classes == 12 and model.dropout.keep == 0.7 and len(model.backbone.encoder.layer) == 4
+
+
+def test_a_trained_detector_is_where_training_begins(tmp_path: Path) -> None:
+    first = recipe()
+    first.detector.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    longer = EvadRecipe(EvadSettings(**(EvadRecipe.smoke | {"frames": 16, "stride": 1, "start": str(tmp_path)})), 3)
+    assert longer.detector.backbone.config.num_frames == 16
+    for (name, ours), theirs in zip(longer.detector.named_parameters(), first.detector.parameters()):
+        assert torch.equal(ours, theirs), name
+    with pytest.raises(InputError, match="has another shape"):
+        recipe(hidden=32, start=str(tmp_path))
+    with pytest.raises(InputError, match="no model here"):
+        recipe(start=str(tmp_path / "nowhere"))

@@ -22,6 +22,7 @@ from foveate.measure.detection import box_average_precision, frame_map
 from foveate.method import InputError
 from foveate.methods.video.evad import CONFIGURATIONS, Evad, EvadDetector, normalised
 from foveate.train.loop import Batch, Recipe, Settings, write_json
+from foveate.zoo.detector import load_detector
 
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"keep": 1.0},
@@ -44,6 +45,7 @@ class EvadSettings(Settings):
         hidden, layers, heads: of the encoder; 0 for the configuration's.
         keep, select, protect_keyframe: of the dropout, see `foveate.methods.video.evad.Evad`.
         vary: whether each step of training uses the next of `VARIANTS` instead.
+        start: folder of a trained detector whose weights are the first; with another number of frames, too.
         head_rate: learning rate of heads and decoder in multiples of `lr` (the paper, fine-tuning: 8).
         frame_only: whether all frames are the keyframe, in training and in evaluation: a model that sees no motion, to
             compare with.
@@ -66,6 +68,7 @@ class EvadSettings(Settings):
     select: str = "attention"
     protect_keyframe: bool = True
     vary: bool = True
+    start: str = ""
     head_rate: float = 1.0
     frame_only: bool = False
 
@@ -112,6 +115,11 @@ class EvadRecipe(Recipe):
         if settings.layers:
             changes["levels"] = tuple(settings.layers * (k + 1) // 4 - 1 for k in range(4))
         self.detector = EvadDetector.named(settings.config, **changes).train()
+        if settings.start:
+            try:
+                self.detector.load_state_dict(load_detector(settings.start).state_dict())
+            except RuntimeError:
+                raise InputError(f"start: the detector in {settings.start} has another shape") from None
         self.model: _Objective = _Objective(self.detector, settings.vary)
         self.clips = self._clips("train", seed)
 
