@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.data.samples import to_inputs
-from foveate.measure.flops import count_flops
+from foveate.measure.flops import count_flops, count_linear_flops
 from foveate.measure.memory import kv_bytes, kv_lengths, peak_bytes
 from foveate.measure.timing import interleave, seconds
 from foveate.method import InputError
@@ -19,6 +19,22 @@ from foveate.method import InputError
 def test_a_linear_layer_counts_two_per_multiply_add() -> None:
     layer = nn.Linear(5, 7)
     assert count_flops(lambda: layer(torch.ones(3, 5))) == 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_flops_leave_products_of_activations_out(device: str, bias: bool) -> None:
+    layer, convolution = torch.nn.Linear(5, 7, bias, device=device), torch.nn.Conv1d(7, 2, 3, bias=bias, device=device)
+    x = torch.ones(2, 3, 4, 5, device=device)
+
+    def run() -> None:
+        made = layer(x)
+        made = F.scaled_dot_product_attention(made, made, made)
+        made = (made @ made.transpose(-1, -2)).softmax(-1) @ made
+        convolution(made[:, 0].transpose(1, 2))
+
+    linear = 2 * 24 * 5 * 7 + 2 * 2 * 2 * 2 * 7 * 3
+    assert count_linear_flops(run) == linear and count_flops(run) == linear + 2 * 2 * 6 * 2 * 4 * 4 * 7
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -100,7 +100,7 @@ def _among_frames(block: nn.Module, x: Tensor) -> Tensor:
 class MixSTE(Lifter):
     """Blocks among joints and among frames in turn, one shared norm behind each kind.
 
-    MixSTE, CVPR 2022, https://arxiv.org/abs/2203.00859, section 3. The positions of the frames are added within the
+    MixSTE, CVPR 2022, https://arxiv.org/abs/2203.00859. The positions of the frames are added within the
     first layer, behind its block among joints.
     """
 
@@ -138,7 +138,7 @@ class MixSTE(Lifter):
 class MotionBERT(Lifter):
     """Two orders in each layer, joints before frames and frames before joints, mixed by learned weights.
 
-    MotionBERT's DSTformer, ICCV 2023, https://arxiv.org/abs/2210.06551, section 3.2.
+    MotionBERT's DSTformer, ICCV 2023, https://arxiv.org/abs/2210.06551.
     """
 
     def __init__(self, lengths: Sequence[int], **settings: Any) -> None:
@@ -186,7 +186,7 @@ class MotionBERT(Lifter):
 class MotionAGFormer(Lifter):
     """Attention and graph convolution side by side in each layer, among joints then frames, mixed by learned weights.
 
-    MotionAGFormer, WACV 2024, https://arxiv.org/abs/2310.16288, section 3. Frames are linked to the two that are most
+    MotionAGFormer, WACV 2024, https://arxiv.org/abs/2310.16288. Frames are linked to the two that are most
     like them, themselves as a rule among them; joints along `BONES`. A layer is tied to its number of frames: each node
     of a graph has its own batch norm.
     """
@@ -241,7 +241,7 @@ class MotionAGFormer(Lifter):
 class MHFormer(Lifter):
     """Three hypotheses, each from the one before; refined each by itself, then (last layer) each from the others.
 
-    MHFormer, CVPR 2022, https://arxiv.org/abs/2111.12707, section 3. The hypotheses come from transformers whose tokens
+    MHFormer, CVPR 2022, https://arxiv.org/abs/2111.12707. The hypotheses come from transformers whose tokens
     are coordinates and whose channels are frames, so that F must be a multiple of their 9 heads.
     """
 

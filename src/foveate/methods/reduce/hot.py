@@ -105,9 +105,9 @@ class Hot(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     TPC (`recovery="none"`): the frame in the middle, (F - 1) // 2, always stays; poses (B, f, J, 3) of the frames kept.
     The host as it is: `recovery="none", keep=frames`.
 
-    HoT: Hourglass Tokenizer for Efficient Transformer-Based 3D Human Pose Estimation, CVPR 2024,
-    https://arxiv.org/abs/2311.12028, sections 3.2 (TPC), 3.3 (TRA) and 3.4. Where the hosts have a norm before their
-    head, recovery comes before it (ours for MotionBERT, MotionAGFormer and MHFormer).
+    Hourglass Tokenizer for Efficient Transformer-Based 3D Human Pose Estimation, CVPR 2024,
+    https://arxiv.org/abs/2311.12028: its TPC and TRA. Where a host has a norm before its head, recovery comes before it
+    (ours). MHFormer with recovery treats hypotheses like joints (ours; the paper has TPC alone there).
 
     Args:
         host: "mixste", "motionbert", "motionagformer" or "mhformer", see `foveate.nn.pose_lifting`.
@@ -128,8 +128,8 @@ class Hot(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     """
 
     card = Card(
-        slug="hot", title="HoT: Hourglass Tokenizer for Efficient Transformer-Based 3D Human Pose Estimation",
-        arxiv="2311.12028", year=2024, kind="reduce", hosts=(), training_free=False,
+        slug="hot", title="Hourglass Tokenizer for Efficient Transformer-Based 3D Human Pose Estimation",
+        arxiv="2311.12028", year=2023, kind="reduce", hosts=(), training_free=False,
         summary="Keeps cluster centres of a video's frames while lifting poses to 3-D, and recovers all at the end.",
         parameters={
             "host": "'mixste', 'motionbert', 'motionagformer' or 'mhformer'",
@@ -328,7 +328,7 @@ class Lifted:
 
 
 class TokenRecovery(nn.Module):
-    """Token Recovering Attention: (B, f, S, C) -> (B, F, S, C), X = Q + MHA(Q, x, x) for each joint (section 3.3)."""
+    """Token Recovering Attention: (B, f, S, C) -> (B, F, S, C), X = Q + MHA(Q, x, x) for each joint."""
 
     def __init__(self, width: int, frames: int, heads: int, bias: bool = True) -> None:
         super().__init__()
