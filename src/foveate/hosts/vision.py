@@ -415,7 +415,9 @@ class VisionSignals(NoSignals):
         carried = then >= 0
         # Sums of many bf16 values need more digits than bf16 has.
         exact = values.to(torch.promote_types(values.dtype, torch.float32))
-        held = take(exact, then.clamp(min=0) + self._encoder.prefix) * carried.unsqueeze(-1)
+        held = take(exact, then.clamp(min=0) + self._encoder.prefix)
+        if not bool(carried.all()):
+            held = held * carried.unsqueeze(-1)
         return self._mean(self._of_source(held, carried)).to(values.dtype)
 
     def _of_source(self, values: Tensor, carried: Tensor) -> Tensor:
@@ -426,6 +428,8 @@ class VisionSignals(NoSignals):
         """(B, N, C) means over the source patches of each token, of (B, M, C)."""
         assert self._tokens is not None
         source, count = self._tokens.source, self._tokens.x.shape[1]
+        if source.shape[1] == count and bool((source == torch.arange(count, device=source.device)).all()):
+            return values  # each token is its own patch
         target = (source % (count + 1)).unsqueeze(-1).expand_as(values)
         total = values.new_zeros(len(source), count + 1, values.shape[2]).scatter_add(1, target, values)
         return total[:, :-1] / self._tokens.size.clamp(min=1).unsqueeze(-1)

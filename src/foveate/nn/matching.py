@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def partners(metric: Tensor, surplus: int, order: str, first: int = 0) -> Tensor:
@@ -23,8 +22,11 @@ def partners(metric: Tensor, surplus: int, order: str, first: int = 0) -> Tensor
     batch, count, _ = metric.shape
     place = torch.arange(count, device=metric.device).expand(batch, -1)
     a, b = slice(first, None, 2), slice(1 - first, None, 2)
-    unit = F.normalize(metric.float(), dim=-1)
-    best, partner = (unit[:, a] @ unit[:, b].transpose(-1, -2)).max(-1)
+    metric = metric.float()
+    # Cosines are scaled after the product, where there is less to scale.
+    scale = 1 / metric.norm(dim=-1).clamp(min=1e-12)
+    product = metric[:, a] @ metric[:, b].transpose(-1, -2)
+    best, partner = (product * scale[:, a, None] * scale[:, None, b]).max(-1)
     ranked = torch.sort(best, dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(ranked).scatter_(1, ranked, place[:, : best.shape[1]])
     goes = min(surplus, count // 2)

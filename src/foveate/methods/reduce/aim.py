@@ -161,8 +161,9 @@ class Aim(Method):
         target = merged_count(tokens.x.shape[1], self.keep)
         while (surplus := tokens.x.shape[1] - target) > 0:
             into = partners(metric, surplus, "place" if self.order == "spatial" else "similarity")
-            # The metric is merged along, so that it stays that of the merged tokens.
-            metric = tokens.with_x(metric).merge(into).x
+            if surplus > tokens.x.shape[1] // 2:
+                # Another step follows: the metric is merged along, so that it stays that of the merged tokens.
+                metric = tokens.with_x(metric).merge(into).x
             tokens = tokens.merge(into)
         return tokens
 
