@@ -630,7 +630,7 @@ def verify(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="What to train: tiny-vit, tiny-llava, tiny-onevision, evad.")],
+    name: Annotated[str, typer.Argument(help="What to train, e.g. tiny-vit, evad; a wrong name lists all.")],
     out: Annotated[Path | None, typer.Option(help="Folder for weights, metrics and checkpoints [runs/NAME].")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     config: Annotated[str | None, typer.Option(help="Of recipes with several sizes: the name of one.")] = None,
