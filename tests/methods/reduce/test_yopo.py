@@ -581,7 +581,7 @@ def test_behind_another_method() -> None:
             return mask
 
     method = Noting(window=3, cut=2)
-    with foveate.apply(host, [GlobalCom2(keep=0.5), method]):
+    with foveate.apply(host, [GlobalCom2(keep=0.5, newlines="whole"), method]):
         texts = [host.generate(**given, max_new_tokens=3, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*texts)
     place = method.place
