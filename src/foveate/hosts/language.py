@@ -228,8 +228,9 @@ class VisionLanguageHost(Host):
 
     # -- the language model's entry
 
-    def _visual_tokens(self, embeds: Tensor) -> tuple[Tokens, Tensor]:
-        """The visual tokens of each sample at the language model's entry, and where they stand (B, N), -1 padding.
+    def _visual_tokens(self, embeds: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+        """The visual tokens of each sample at the language model's entry, where they stand (B, N), -1 padding, and how
+        many of their sources are patches (B,).
 
         Sources are the patches of all crops of a sample, crop by crop, and after them one entry for every token that
         is no patch (newlines, a class token that the model keeps). `self.marks` are laid out alike.
@@ -238,7 +239,7 @@ class VisionLanguageHost(Host):
         visual = self._inputs.visual.cpu()
         upcoming = [iter(self._inputs.images.get(name, ())) for name in self.modalities]
         names = {name for images in self._inputs.images.values() for image in images for name in image.marks}
-        wheres, spots, sources = [], [], []
+        wheres, spots, sources, counts = [], [], [], []
         marks: dict[str, list[Tensor]] = {name: [] for name in names}
         for b in range(len(visual)):
             places = visual[b].nonzero().squeeze(1)
@@ -258,6 +259,7 @@ class VisionLanguageHost(Host):
             by_patch = torch.where(held >= 0, token[held.clamp(min=0)] if len(token) else held, DROPPED)
             patchless = torch.ones(int(alive.sum()), dtype=torch.bool)
             patchless[by_patch[by_patch >= 0]] = False
+            counts.append(len(by_patch))
             sources.append(torch.cat([by_patch, patchless.nonzero().squeeze(1)]))
             wheres.append(places[alive])
             spots.append(torch.cat([*position, torch.zeros(0, 3)])[alive])
@@ -280,7 +282,7 @@ class VisionLanguageHost(Host):
             take(embeds, where), pad(spots, batch_first=True).to(device), size[:, :most], source,
             None if bool(present.all()) else present,
         )  # fmt: skip
-        return tokens, where
+        return tokens, where, torch.tensor(counts, device=device)
 
     def _enter_language(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         given = named(module, args, kwargs)
@@ -312,7 +314,7 @@ class VisionLanguageHost(Host):
         self.memory = {}
         batch, length = embeds.shape[:2]
         self.full_length = length
-        tokens, where = self._visual_tokens(embeds)
+        tokens, where, patches = self._visual_tokens(embeds)
         number = torch.arange(length, device=embeds.device).expand(batch, -1)
         positions = given.get("position_ids")
         positions = number if positions is None else positions
@@ -320,7 +322,7 @@ class VisionLanguageHost(Host):
         present = torch.ones_like(number, dtype=torch.bool) if mask is None else mask.bool()
         index = torch.where(present, number, DROPPED)
         end = torch.where(present, positions[-3:], -1).amax((0, 2)) + 1
-        whole = Sequence(index, None if bool(present.all()) else present, positions, end, tokens, where)
+        whole = Sequence(index, None if bool(present.all()) else present, positions, end, tokens, where, patches)
         # Slots that lost their token leave the sequence; so does the padding, which is laid anew.
         gone = self._inputs.visual.to(embeds.device) > 0
         keep_slot = torch.zeros_like(gone)
@@ -457,7 +459,9 @@ class VisionLanguageHost(Host):
         prompt = self._of_prompt(sequence)[:, :length]
         prompt = nn.functional.pad(prompt, (0, length - prompt.shape[1])).expand(batch, -1)
         tokens = sequence.tokens
-        call = AttentionCall(query, key, value, mask, scaling, tokens, sequence.slots, prompt, function)
+        call = AttentionCall(
+            query, key, value, mask, scaling, tokens, sequence.slots, sequence.patches, prompt, function
+        )
         signals = LanguageSignals(self, sequence, None, {})
         at = self.stage("llm.attention", index, signals, tokens.count, tokens.count > 0)
         return self.call(at, call)

@@ -22,6 +22,7 @@ class Sequence:
         end: (B,) long, the position of what comes after the prompt.
         tokens: the visual tokens among them.
         slots: (B, N) long, where each visual token stands in the sequence; -1 for padding.
+        patches: (B,) long, how many of a sample's sources are patches; the others stand for tokens that are none.
     """
 
     index: Tensor
@@ -30,6 +31,7 @@ class Sequence:
     end: Tensor
     tokens: Tokens
     slots: Tensor
+    patches: Tensor
 
     @property
     def present(self) -> Tensor:

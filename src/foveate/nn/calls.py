@@ -22,6 +22,7 @@ class AttentionCall:
         scaling: factor on the logits.
         tokens: the visual tokens among the keys, without features: x is (B, N, 0).
         visual: (B, N) long, the key that each of them is; -1 for padding.
+        patches: (B,) long, how many of `tokens.source` are patches; the others stand for tokens that are none.
         prompt: (B, S) bool, keys that are tokens of the prompt: neither padding nor generated.
         function: the model's own attention: (query, key, value, mask) -> (B, R, H, D).
     """
@@ -33,6 +34,7 @@ class AttentionCall:
     scaling: float
     tokens: Tokens
     visual: Tensor
+    patches: Tensor
     prompt: Tensor
     function: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -58,6 +60,15 @@ class AttentionCall:
         length = self.key.shape[2]
         marked = torch.zeros(len(self.visual), length + 1, dtype=torch.bool, device=self.visual.device)
         return marked.scatter(1, torch.where(self.visual >= 0, self.visual, length), True)[:, :-1]
+
+    @property
+    def on_patch(self) -> Tensor:
+        """(B, N) bool: which visual tokens carry a patch, unlike newlines and padding."""
+        source, count = self.tokens.source, self.visual.shape[1]
+        number = torch.arange(source.shape[1], device=source.device)
+        carrier = torch.where((source >= 0) & (number < self.patches.unsqueeze(1)), source, count)
+        marked = torch.zeros(len(source), count + 1, dtype=torch.bool, device=source.device)
+        return marked.scatter(1, carrier, True)[:, :-1]
 
     @property
     def rows(self) -> Tensor:

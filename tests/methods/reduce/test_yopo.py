@@ -182,7 +182,7 @@ def made_up_call(side: int, before: int = 3, after: int = 4, mask: Tensor | None
     tokens = Tokens.from_grid(torch.zeros(1, side**2, 0), (side, side))
     where = torch.arange(before, before + side**2)[None]
     return AttentionCall(
-        query, query, query, mask, 1.0, tokens, where, torch.ones(1, total, dtype=torch.bool),
+        query, query, query, mask, 1.0, tokens, where, torch.tensor([side**2]), torch.ones(1, total, dtype=torch.bool),
         lambda query, key, value, mask: mask,  # type: ignore[arg-type, return-value]
     )  # fmt: skip
 
@@ -568,23 +568,34 @@ def test_votes_need_samples() -> None:
 
 @torch.no_grad()
 def test_behind_another_method() -> None:
-    """On crops that GlobalCom² has thinned out, neighbours are still counted on the grid."""
+    """On crops that GlobalCom² has thinned out, neighbours are still counted on the grid; newlines have none, although
+    they stand where the first patch did, which is gone."""
     host = vlm("next")
     given = prompt(host, [(2, 6), (1, 3)], sizes=[(24, 12), (24, 24)])
     seen: list[Tensor] = []
+    sources: list[list[int]] = []
 
     class Noting(Yopo):
         def _mask(self, call: AttentionCall) -> Tensor:
             mask = super()._mask(call)
             seen.append(mask[1, 0][call.visual[1]][:, call.visual[1]])
-            self.place = call.tokens.position[1].tolist()
+            sources.append(call.tokens.source[1].tolist())
             return mask
 
     method = Noting(window=3, cut=2)
-    with foveate.apply(host, [GlobalCom2(keep=0.5, newlines="whole"), method]):
+    with foveate.apply(host, [GlobalCom2(keep=0.5), method]):
         texts = [host.generate(**given, max_new_tokens=3, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*texts)
-    place = method.place
-    assert 36 <= len(place) == len({tuple(one) for one in place}) <= 40
-    expected = [[a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= 1 for b in place] for a in place]
-    assert torch.equal(seen[0], torch.tensor(expected))
+    # A thumbnail and four crops of 16 patches; then the newlines of 8 rows, all of which stay.
+    patch_of = {token: patch for patch, token in enumerate(sources[0]) if token >= 0}
+    count = len(patch_of)
+    assert sources[0][0] == -1 and sum(patch >= 80 for patch in patch_of.values()) == 8 and 44 <= count <= 48
+
+    def near(a: int, b: int) -> bool:
+        if max(patch_of[a], patch_of[b]) >= 80:
+            return b <= a
+        (crop_a, at_a), (crop_b, at_b) = divmod(patch_of[a], 16), divmod(patch_of[b], 16)
+        return crop_a == crop_b and max(abs(at_a // 4 - at_b // 4), abs(at_a % 4 - at_b % 4)) <= 1
+
+    expected = [[near(a, b) for b in range(count)] for a in range(count)]
+    assert torch.equal(seen[0][:count, :count], torch.tensor(expected))

@@ -226,7 +226,7 @@ class Yopo(Method):
             raise InputError("FlashAttention takes no mask of neighbours; use SDPA, or set neighbours='all'")
         if call.tokens not in self._masks:
             place = call.tokens.position.new_full((*call.is_visual.shape, 3), float("nan"))
-            row, token = (patches(call.tokens) & (call.visual >= 0)).nonzero(as_tuple=True)
+            row, token = (call.on_patch & call.tokens.mask()).nonzero(as_tuple=True)
             place[row, call.visual[row, token]] = call.tokens.position[row, token]
             near = within_reach(place, self.window // 2)
             seen = call.visible().squeeze(1)
@@ -355,13 +355,6 @@ def within_reach(place: Tensor, reach: int) -> Tensor:
     for axis in (y, x):
         near &= (axis.unsqueeze(2) - axis.unsqueeze(1)).abs() <= reach
     return near
-
-
-def patches(tokens: Tokens) -> Tensor:
-    """(B, N) bool: tokens that stand on a patch of their own; a newline has the place of an earlier token."""
-    place = tokens.position
-    taken = (place.unsqueeze(2) == place.unsqueeze(1)).all(-1).tril(-1).any(2)
-    return tokens.mask() & ~taken
 
 
 def _flags(values: list[bool], like: Tensor) -> Tensor:
