@@ -16,6 +16,7 @@ from foveate.method import (
     at_depth,
     build,
     choice,
+    configured,
     depth,
     did_you_mean,
     floor_share,
@@ -123,3 +124,14 @@ def test_budget_of_a_plain_method_is_its_keep() -> None:
     assert made.hyperparameters()["keep"] == 0.3
     with pytest.raises(InputError, match="budget"):
         method_class("fopru").for_budget(1.5, host)
+
+
+def test_configured() -> None:
+    known = {"small": {"width": 8, "options": {"depth": 2, "heads": 1}}, "plain": {"width": 4}}
+    assert configured("plain", known, {"width": 5}) == {"width": 5}
+    changed = configured("small", known, {"options": {"heads": 4}})
+    assert changed == {"width": 8, "options": {"depth": 2, "heads": 4}}
+    assert known["small"]["options"] == {"depth": 2, "heads": 1}
+    assert configured("plain", known, {"options": {"depth": 3}}) == {"width": 4, "options": {"depth": 3}}
+    with pytest.raises(InputError, match="no configuration 'smal'; did you mean small"):
+        configured("smal", known, {})

@@ -400,6 +400,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
 
 
+def configured(name: str, known: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the configuration `name` of `known`, changed; of `options`, a dict of a backbone's, entry by entry.
+
+    Raises InputError with the nearest names for an unknown one.
+    """
+    if name not in known:
+        raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), known)}")
+    arguments = {**known[name], **changes}
+    if "options" in arguments:
+        arguments["options"] = {**known[name].get("options", {}), **changes.get("options", {})}
+    return arguments
+
+
 def within(name: str, value: float, interval: str) -> float:
     """`value` if it is a number in `interval`, "[0, 1)" or the like, else an InputError that names it."""
     low, high = (float(end) for end in interval[1:-1].split(","))

@@ -135,6 +135,14 @@ def take_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return [name for name in own if name not in shared]
 
 
+def take_backbone(own: Any, model: nn.Module) -> list[str]:
+    """`take_weights` of a timm VisionTransformer; the place of a class token that `own` does not have is left out."""
+    state, prefix = dict(model.state_dict()), int(getattr(model, "num_prefix_tokens", 0))
+    if not own.num_prefix_tokens and prefix and not getattr(model, "no_embed_class", False) and "pos_embed" in state:
+        state["pos_embed"] = state["pos_embed"][:, prefix:]
+    return take_weights(own, state)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention of one set to another, with the weights of timm's self-attention
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
 
 _BASE = {"widths": (128, 256, 512, 1024), "heads": (4, 8, 16, 32), "depths": (1, 1, 9, 1)}
 _HUGE = {"widths": (256, 512, 1024, 2048), "heads": (8, 16, 32, 64), "depths": (1, 1, 9, 1)}
@@ -214,9 +214,7 @@ class Davit(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     @classmethod
     def named(cls, name: str, **changes: Any) -> Davit:
         """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
-        return cls(**(CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     @classmethod
     def from_timm(cls, name: str, **changes: Any) -> Davit:

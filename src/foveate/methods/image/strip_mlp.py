@@ -11,7 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from foveate.method import Card, Claim, InputError, Published, did_you_mean, register, whole, within
+from foveate.method import Card, Claim, InputError, Published, configured, register, whole, within
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "t-star": {"width": 80, "depths": (2, 2, 6, 2), "groups": 2},
@@ -161,9 +161,7 @@ class StripMlp(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate
     @classmethod
     def named(cls, name: str, **changes: Any) -> StripMlp:
         """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
-        return cls(**(CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """What each stage makes of pixels (B, 3, image, image): (B, C, h, w) at strides 4, 8, 16, 32.

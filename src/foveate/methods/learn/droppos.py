@@ -12,7 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
 from foveate.nn.vit import vision_transformer
 from foveate.tokens import take
 
@@ -214,9 +214,7 @@ class DropPos(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"
     @classmethod
     def named(cls, name: str, **changes: Any) -> DropPos:
         """The paper's model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
-        return cls(**(CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def sigma_at(self, epoch: float, epochs: float) -> float:
         """The current sigma: falls linearly to 0, which the last epoch, counted from 0, does not reach."""

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as vision
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
 from foveate.methods.learn.cutmix import CutMix
 from foveate.nn.vit import need_timm
 
@@ -856,7 +856,7 @@ class Seit(Published, nn.Module, PyTorchModelHubMixin):
     @classmethod
     def named(cls, name: str, **changes: Any) -> Seit:
         """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
-        return cls(**(_configuration(name) | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def draw(self, batch: int, ratio: float | None = None, device: torch.device | str | None = None) -> Masking:
         """A draw for `batch` pictures; `ratio` is the masked share, drawn too where it is not given."""
@@ -914,12 +914,6 @@ class Seit(Published, nn.Module, PyTorchModelHubMixin):
         if ids.ndim != 3 or tuple(ids.shape[1:]) != (self.grid, self.grid) or ids.is_floating_point():
             wanted = f"(B, {self.grid}, {self.grid}) whole numbers"
             raise InputError(f"ids must be {wanted}, not {tuple(ids.shape)} {ids.dtype}")
-
-
-def _configuration(name: str) -> dict[str, Any]:
-    if name not in CONFIGURATIONS:
-        raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
-    return CONFIGURATIONS[name]
 
 
 def _seen_first(masking: Masking) -> Tensor:
@@ -980,8 +974,8 @@ class SeitClassifier(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def named(cls, name: str, **changes: Any) -> SeitClassifier:
         """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
-        own = {key: value for key, value in _configuration(name).items() if not key.startswith("decoder_")}
-        return cls(**(own | changes))
+        given = configured(name, CONFIGURATIONS, {})
+        return cls(**{key: value for key, value in given.items() if not key.startswith("decoder_")} | changes)
 
     def load_encoder(self, model: Seit) -> SeitClassifier:
         """Takes words, positions, class token and blocks of a pre-trained model; returns this one.

@@ -12,8 +12,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
-from foveate.nn.vit import add_branches, project, project_out, take_weights, vision_transformer
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
+from foveate.nn.vit import add_branches, project, project_out, take_backbone, vision_transformer
 from foveate.tokens import take
 
 _BASE = {"backbone": "vit_base_patch16_224", "exits": (6, 8, 12), "width": 384, "heads": 6}
@@ -182,20 +182,12 @@ class Dtop(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def named(cls, name: str, **changes: Any) -> Dtop:
         """The model of a name in `CONFIGURATIONS`, with some arguments changed, random weights; `options` are added
         to those of the name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), CONFIGURATIONS)}")
-        known = CONFIGURATIONS[name]
-        options = {**known.get("options", {}), **changes.get("options", {})}
-        return cls(**(known | changes | {"options": options}))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def load_backbone(self, model: nn.Module) -> list[str]:
         """Takes the weights of a timm VisionTransformer with the same blocks; a class token that this one does not
         have is left out. Returns the names of the backbone's weights that `model` does not have."""
-        state = dict(model.state_dict())
-        prefix, own = int(getattr(model, "num_prefix_tokens", 0)), self.backbone.num_prefix_tokens
-        if not own and prefix and not getattr(model, "no_embed_class", False):
-            state["pos_embed"] = state["pos_embed"][:, prefix:]
-        return take_weights(self.backbone, state)
+        return take_backbone(self.backbone, model)
 
     def _embed(self, pictures: Tensor) -> Tensor:
         host = self.backbone

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
 from foveate.nn.pose_lifting import LEFT, LIFTERS, RIGHT, CrossAttention, Lifter
 from foveate.tokens import take
 
@@ -206,9 +206,7 @@ class Hot(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     @classmethod
     def named(cls, name: str, **changes: Any) -> Hot:
         """The model of a name in `CONFIGURATIONS`, with some arguments changed, random weights."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), CONFIGURATIONS)}")
-        return cls(**(CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     @property
     def centre(self) -> int:

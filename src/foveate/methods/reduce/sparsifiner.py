@@ -12,7 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, share, whole, within
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, share, whole, within
 from foveate.nn.sparse_attention import PRODUCTS, largest, places, ragged_places, sparse_attention, weighted_rows
 from foveate.nn.vit import add_branches, project, project_out, take_weights, vision_transformer
 from foveate.tokens import take
@@ -199,11 +199,7 @@ class Sparsifiner(Published, nn.Module, PyTorchModelHubMixin, library_name="fove
     def named(cls, name: str, **changes: Any) -> Sparsifiner:
         """The model of a name in `CONFIGURATIONS`, with some arguments changed, random weights; `options` are added
         to those of the name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), CONFIGURATIONS)}")
-        known = CONFIGURATIONS[name]
-        options = {**known.get("options", {}), **changes.get("options", {})}
-        return cls(**(known | changes | {"options": options}))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def load_backbone(self, model: nn.Module) -> list[str]:
         """Takes the weights of a timm VisionTransformer of the same shape, or of another `Sparsifiner`'s backbone.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, share, whole
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, share, whole
 from foveate.nn.selective_scan import SelectiveScan
 from foveate.nn.vit import take_weights
 from foveate.tokens import take
@@ -221,9 +221,7 @@ class SsmPrune(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate
     @classmethod
     def named(cls, name: str, **changes: Any) -> SsmPrune:
         """The model of a name in `CONFIGURATIONS`, with some arguments changed, random weights."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), CONFIGURATIONS)}")
-        return cls(**(CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def set_pruning(
         self, *, start: int | None = None, gap: int | None = None, stop: int | None = None, keep: float | None = None,

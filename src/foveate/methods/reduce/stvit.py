@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.method import Card, Claim, InputError, Published, choice, did_you_mean, register, whole, within
+from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
 from foveate.nn.vit import (
     ConvStem,
     add_branches,
@@ -25,6 +25,7 @@ from foveate.nn.vit import (
     need_timm,
     queries,
     split_keys_values,
+    take_backbone,
     take_weights,
     vision_transformer,
 )
@@ -226,19 +227,12 @@ class STViT(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def named(cls, name: str, **changes: Any) -> STViT:
         """The model of a name in `CONFIGURATIONS`, with some arguments changed, random weights; `options` are added
         to those of the name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), CONFIGURATIONS)}")
-        known = CONFIGURATIONS[name]
-        options = {**known.get("options", {}), **changes.get("options", {})}
-        return cls(**(known | changes | {"options": options}))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def load_backbone(self, model: nn.Module) -> list[str]:
         """Takes the weights of a timm VisionTransformer with the same blocks; its class token is left out. Returns the
         names of the backbone's weights that `model` does not have."""
-        state, prefix = dict(model.state_dict()), int(getattr(model, "num_prefix_tokens", 0))
-        if prefix and not getattr(model, "no_embed_class", False) and "pos_embed" in state:
-            state["pos_embed"] = state["pos_embed"][:, prefix:]
-        return take_weights(self.backbone, state)
+        return take_backbone(self.backbone, model)
 
     def _tokens(self, pictures: Tensor, record: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
         host = self.backbone
@@ -353,9 +347,7 @@ class STViTSwin(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     @classmethod
     def named(cls, name: str, **changes: Any) -> STViTSwin:
         """The model of a name in `SWIN_CONFIGURATIONS`, with some arguments changed, random weights."""
-        if name not in SWIN_CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(str(name), SWIN_CONFIGURATIONS)}")
-        return cls(**(SWIN_CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, SWIN_CONFIGURATIONS, changes))
 
     def load_backbone(self, model: nn.Module) -> list[str]:
         """Takes the weights of a timm SwinTransformer that fit. Returns the names of those that `model` has not."""

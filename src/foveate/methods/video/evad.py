@@ -23,8 +23,8 @@ from foveate.method import (
     at,
     at_depth,
     choice,
+    configured,
     depth,
-    did_you_mean,
     register,
     share,
     whole,
@@ -398,9 +398,7 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     @classmethod
     def named(cls, name: str, **changes: Any) -> EvadDetector:
         """An untrained model by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
-        if name not in CONFIGURATIONS:
-            raise InputError(f"no configuration {name!r}; {did_you_mean(name, CONFIGURATIONS)}")
-        return cls(**(CONFIGURATIONS[name] | changes))
+        return cls(**configured(name, CONFIGURATIONS, changes))
 
     def set_dropout(self, **changes: Any) -> EvadDetector:
         """Changes arguments of `dropout` (see `Evad`), e.g. `keep`, under the same weights; returns the model."""
