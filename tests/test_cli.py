@@ -26,22 +26,6 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command line in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    # Whatever terminal, or none, the tests are started from: a table as wide as it wants to be.
-    monkeypatch.setenv("COLUMNS", "180")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(one) for one in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
-
-
-@pytest.fixture
 def picture(tmp_path: Path) -> Path:
     Image.new("RGB", (96, 96), (200, 100, 50)).save(tmp_path / "a.png")
     return tmp_path / "a.png"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from foveate import zoo
-from foveate.cli import main
 from foveate.detect import Detection
 from foveate.report.annotate import Annotator
 from tiny_video import detector, film, shown
@@ -30,17 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Run:
-    """Runs a command line in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "180")
+def detect(run: Run, folder: Path) -> Run:
+    """Runs `foveate detect` in an empty folder, with the tiny detector if no other is named."""
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
-        model = [] if "--model" in arguments else ["--model", str(folder)]
-        with pytest.raises(SystemExit) as ended:
-            main(["detect", *map(str, arguments), *model])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+        return run("detect", *arguments, *([] if "--model" in arguments else ["--model", folder]))
 
     return call
 
@@ -70,7 +63,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
-def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_line(detect: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     film(tmp_path / "a.mkv", range(2))
     film(tmp_path / "b.mp4", range(2), codec="mpeg4")
     (tmp_path / "text.mp4").write_text("no video " * 100)
@@ -82,23 +75,23 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: list[str], m
         frame.sample_rate = 16000
         container.mux([*track.encode(frame), *track.encode(None)])
     before = sorted(tmp_path.iterdir())
-    code, out, err = run(*arguments)
+    code, out, err = detect(*arguments)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, err
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif("evad" in zoo.names(), reason="evad is shipped")
-def test_without_weights_it_says_so(run: Run, tmp_path: Path) -> None:
+def test_without_weights_it_says_so(detect: Run, tmp_path: Path) -> None:
     film(tmp_path / "a.mkv", range(2))
-    code, out, err = run("a.mkv", "--model", "evad")
+    code, out, err = detect("a.mkv", "--model", "evad")
     assert (code, out) == (2, "") and "no detector is shipped here; --model FOLDER" in err and err.count("\n") == 1
 
 
-def test_files_hold_what_the_detector_says(run: Run, tmp_path: Path) -> None:
+def test_files_hold_what_the_detector_says(detect: Run, tmp_path: Path) -> None:
     film(tmp_path / "a.mkv", [0, 1, 2, 6, 7, 8, 12], size=(49, 37), sound="aac")
     options = ("--keep", "0.6", "--person", "0.6", "--action", "0.4", "--every", "0.4", "--rate", "8", "--short", "40")
-    code, out, err = run("a.mkv", "--out", "o/b.mp4", "--json", "o/b.json", *options)
+    code, out, err = detect("a.mkv", "--out", "o/b.mp4", "--json", "o/b.json", *options)
     assert (code, err) == (0, ""), err
     assert sorted(one.name for one in (tmp_path / "o").iterdir()) == ["b.json", "b.mp4"]
     model = detector(keep=0.6)
@@ -130,16 +123,16 @@ def test_files_hold_what_the_detector_says(run: Run, tmp_path: Path) -> None:
         assert container.streams.audio[0].codec_context.name == "aac"
 
 
-def test_without_files_it_prints(run: Run, tmp_path: Path) -> None:
+def test_without_files_it_prints(detect: Run, tmp_path: Path) -> None:
     film(tmp_path / "a.mkv", range(8))
-    code, out, err = run("a.mkv", "--person", "0.6")
+    code, out, err = detect("a.mkv", "--person", "0.6")
     assert (code, err) == (0, "")
     first, *_ = Detection(tmp_path / "a.mkv", detector(), LABELS, person=0.6)
     lines = [line for line in out.splitlines() if line.split()[0] == "0.00"]
     assert len(lines) == len(first.persons) > 0
     label, score = first.persons[0].actions[0]
     assert f"person {first.persons[0].score:.2f} at " in lines[0] and f": {label} {score:.2f}" in lines[0]
-    code, out, _ = run("a.mkv", "--person", "1")
+    code, out, _ = detect("a.mkv", "--person", "1")
     assert code == 0 and [line.split() for line in out.splitlines()] == [
         ["0.00", "s", "nobody"],
         ["0.50", "s", "nobody"],
@@ -147,7 +140,7 @@ def test_without_files_it_prints(run: Run, tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["a.mkv"]
 
 
-def test_broken_and_missing_frames_are_counted(run: Run, tmp_path: Path) -> None:
+def test_broken_and_missing_frames_are_counted(detect: Run, tmp_path: Path) -> None:
     film(tmp_path / "a.mkv", range(30), codec="mjpeg")
     data = bytearray((tmp_path / "a.mkv").read_bytes())
     with av.open(str(tmp_path / "a.mkv")) as container:
@@ -155,19 +148,19 @@ def test_broken_and_missing_frames_are_counted(run: Run, tmp_path: Path) -> None
     at = data.index(packets[4])
     data[at : at + len(packets[4])] = bytes(len(packets[4]))
     (tmp_path / "broken.mkv").write_bytes(data)
-    code, _, err = run("broken.mkv", "--out", "b.mp4", "--json", "b.json")
+    code, _, err = detect("broken.mkv", "--out", "b.mp4", "--json", "b.json")
     assert (code, err) == (0, "note: broken frames left out: 1\n")
     assert json.loads((tmp_path / "b.json").read_text())["broken"] == 1
     times = shown(tmp_path / "b.mp4")[0]
     assert times == pytest.approx([k / 10 for k in range(30) if k != 4], abs=1e-3)
     # Cut before the sixteenth frame.
     (tmp_path / "cut.mkv").write_bytes((tmp_path / "a.mkv").read_bytes()[: data.index(packets[15])])
-    code, _, err = run("cut.mkv", "--out", "c.mp4")
+    code, _, err = detect("cut.mkv", "--out", "c.mp4")
     assert code == 0 and "note: the video ends after 1.4 s of the file's 3.0 s" in err
     assert shown(tmp_path / "c.mp4")[0] == pytest.approx([k / 10 for k in range(15)], abs=1e-3)
 
 
-def test_interruption_leaves_playable_files(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_leaves_playable_files(detect: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film(tmp_path / "a.mkv", range(20))
     (tmp_path / "b.mp4").write_text("earlier")
     draw, calls = Annotator.draw, iter(range(100))
@@ -178,7 +171,7 @@ def test_interruption_leaves_playable_files(run: Run, tmp_path: Path, monkeypatc
         return draw(self, *args)
 
     monkeypatch.setattr(Annotator, "draw", interrupted)
-    code, out, err = run("a.mkv", "--out", "b.mp4", "--json", "b.json", "--batch-size", "1")
+    code, out, err = detect("a.mkv", "--out", "b.mp4", "--json", "b.json", "--batch-size", "1")
     assert (code, out) == (130, "") and "Traceback" not in err
     assert "what there is until then is in b.partial.mp4" in err and "is in b.partial.json" in err
     assert shown(tmp_path / "b.partial.mp4")[0] == pytest.approx([k / 10 for k in range(12)], abs=1e-3)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from foveate import zoo
-from foveate.cli import main
 from foveate.data.samples import from_scenes
 from foveate.methods.probe.verbose_images import _Target
 
@@ -18,18 +18,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command line in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "180")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["probe", "verbose", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+def probe(run: Run) -> Run:
+    """Runs `foveate probe verbose` in an empty folder: exit code, stdout, stderr."""
+    return functools.partial(run, "probe", "verbose")
 
 
 needs_zoo = pytest.mark.skipif("tiny-llava" not in zoo.names(), reason="tiny-llava is not trained yet")
@@ -61,16 +52,16 @@ BAD = [
 
 @needs_zoo
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
-    code, out, err = run(*arguments)
+def test_bad_input_is_one_line(probe: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, out, err = probe(*arguments)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, err
     assert message in err
     assert not list(tmp_path.iterdir())
 
 
 @needs_zoo
-def test_probe_writes_what_it_prints(run: Run, tmp_path: Path) -> None:
-    code, out, err = run(
+def test_probe_writes_what_it_prints(probe: Run, tmp_path: Path) -> None:
+    code, out, err = probe(
         "--iterations", "2", "--max-new-tokens", "4", "--methods", "aim", "--set", "samples=2", "--eps", "4/255",
         "--out", "o",
     )  # fmt: skip
@@ -94,7 +85,7 @@ def test_probe_writes_what_it_prints(run: Run, tmp_path: Path) -> None:
 
 
 @needs_zoo
-def test_interruption_keeps_what_there_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_keeps_what_there_is(probe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (50, 80), (200, 100, 50)).save(tmp_path / "a.png")
     (tmp_path / "o").mkdir()
     (tmp_path / "o/verbose.json").write_text("earlier")
@@ -106,7 +97,7 @@ def test_interruption_keeps_what_there_is(run: Run, tmp_path: Path, monkeypatch:
         return answers(self, *args)
 
     monkeypatch.setattr(_Target, "answers", interrupted)
-    code, out, err = run("--image", "a.png", "--iterations", "9", "--max-new-tokens", "4", "--out", "o")
+    code, out, err = probe("--image", "a.png", "--iterations", "9", "--max-new-tokens", "4", "--out", "o")
     assert (code, out) == (130, "") and "interrupted; 2 iterations are in" in err and "Traceback" not in err
     assert (tmp_path / "o/verbose.json").read_text() == "earlier"
     partial = json.loads((tmp_path / "o/verbose.partial.json").read_text())

@@ -6,16 +6,12 @@ other exception is a bug and keeps its traceback. What is slow to import is impo
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import errno
 import inspect
-import itertools
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -27,14 +23,30 @@ from rich.text import Text
 
 import foveate
 from foveate import cli_detect, cli_probe, cli_tune
-from foveate.configuration import is_file, load_configuration
+from foveate.cli_common import (
+    DEFAULT_FRAMES,
+    DeviceOption,
+    DtypeOption,
+    QuestionsOption,
+    at_least,
+    check_dtype,
+    find_model,
+    is_main_process,
+    load_model,
+    make_accelerator,
+    make_console,
+    parse_methods,
+    parse_setting,
+    progress_bar,
+    read_samples,
+    unknown_words,
+)
 from foveate.method import (
     STAGES,
     InputError,
     Method,
     Published,
     did_you_mean,
-    method_class,
     published,
     published_class,
     share,
@@ -49,9 +61,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-llava"
 VIDEO_MODEL = "tiny-onevision"
-DEFAULT_QUESTIONS = 256
-DEFAULT_FRAMES = 8
-ALL = "all"
 _PARTIAL = "comparison.partial.json"
 
 app = typer.Typer(
@@ -99,23 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(message: str, everywhere: bool = False) -> NoReturn:
     """One line on stderr, without control characters, and exit 2; of several processes only the first says it."""
     line = " ".join(message.split())
-    if everywhere or _is_main_process():
+    if everywhere or is_main_process():
         print("error: " + "".join(c if c.isprintable() else "�" for c in line), file=sys.stderr)
     raise SystemExit(2)
-
-
-def _is_main_process() -> bool:
-    # Set by `accelerate launch`; asked before torch and accelerate are imported.
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, quiet=not _is_main_process(), highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        from foveate.report.table import MINIMUM_WIDTH
-
-        console.width = MINIMUM_WIDTH
-    return console
 
 
 def _version(asked: bool) -> None:
@@ -164,11 +159,9 @@ def compare(
         str, typer.Option(help="Comma-separated budgets in (0, 1]: the share of visual tokens that each may spend.")
     ] = "0.5,0.25,0.1",
     out: Annotated[Path, typer.Option(help="Folder for report.html and comparison.json.")] = Path("foveate-out"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    questions: Annotated[
-        int | None, typer.Option(help="Use this many questions; 256 of the scenes, or the data set's first.")
-    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    questions: QuestionsOption = None,
     batch_size: Annotated[int, typer.Option(help="Samples run together.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the held-out scenes.")] = 0,
 ) -> None:
@@ -177,16 +170,16 @@ def compare(
 
     # All that can be wrong with the arguments is found before anything is loaded, and that before any work.
     budgets = _budgets(keep)
-    names = _method_names(methods)
-    _at_least("--questions", questions, 1)
-    _at_least("--batch-size", batch_size, 1)
-    _at_least("--seed", seed, 0)
-    _at_least("--frames", frames, 1)
-    kind = _dtype(dtype)
+    names = parse_methods(methods)
+    at_least("--questions", questions, 1)
+    at_least("--batch-size", batch_size, 1)
+    at_least("--seed", seed, 0)
+    at_least("--frames", frames, 1)
+    kind = check_dtype(dtype)
     check_folder(out)
     model = model or (VIDEO_MODEL if video else DEFAULT_MODEL)
-    source = _source(model)
-    samples = _samples(image or [], prompt, dataset, questions, seed, video or [], frames)
+    source = find_model(model)
+    samples = read_samples(image or [], prompt, dataset, questions, seed, video or [], frames)
     if methods is None and model == DEFAULT_MODEL and not image and not video and dataset is None:
         from foveate.measure.compare import METHODS
 
@@ -213,12 +206,12 @@ def _run_comparison(
     from foveate.report.wording import reason
     from foveate.report.write import write_files
 
-    console = _console()
-    accelerator = _accelerator(device)
-    loaded, processor = _load(model, source, str(accelerator.device) if device == "auto" else device, dtype)
+    console = make_console()
+    accelerator = make_accelerator(device)
+    loaded, processor = load_model(model, source, str(accelerator.device) if device == "auto" else device, dtype)
     rows: list[Row] = []
     try:
-        with _progress() as advance:
+        with progress_bar() as advance:
             comparison = measure(
                 loaded,
                 processor,
@@ -232,14 +225,14 @@ def _run_comparison(
                 accelerator=accelerator,
             )
     except KeyboardInterrupt:
-        if rows and _is_main_process():
+        if rows and is_main_process():
             write_files(out, {_PARTIAL: _rows_json(rows)})
             print(f"interrupted; {len(rows)} rows are in {out / _PARTIAL}", file=sys.stderr)
         raise
     except InputError as error:
         # Where the samples are shared out, only the process that has the one at fault knows of it.
         _fail(str(error), everywhere=True)
-    if not _is_main_process():
+    if not is_main_process():
         return
     shown = next(sample for sample in samples if comparison.shown and sample.id == comparison.shown.id)
     page = report_html(
@@ -254,7 +247,7 @@ def _run_comparison(
     for sample in samples:
         if broken := sum(one.broken for one in sample.videos):
             print(f"note: {sample.id}: broken frames left out of its clip: {broken}", file=sys.stderr)
-    if words := _unknown_words(processor, samples):
+    if words := unknown_words(processor, samples):
         print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
     console.print(comparison_table(comparison))
     console.print()
@@ -272,154 +265,6 @@ def _budgets(text: str) -> tuple[float, ...]:
         except ValueError:
             raise InputError(f"--keep: {part.strip()!r} is not a number; give e.g. 0.5,0.25,0.1") from None
     return tuple(sorted(found, reverse=True))
-
-
-def _method_names(text: str | None) -> Sequence[str] | None:
-    """The methods and configuration files that are named; None for all."""
-    if text is None or text.strip() == ALL:
-        return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise InputError("--methods: no name given; `foveate methods` lists them")
-    chosen = list(dict.fromkeys(name for name in names if is_file(name) or not method_class(name).card.baseline))
-    for name in filter(is_file, chosen):
-        load_configuration(name)
-    if not chosen:
-        raise InputError("--methods names baselines only, which always run; name a method to compare with them")
-    return chosen
-
-
-def _at_least(option: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise InputError(f"{option} must be at least {least}, not {value}")
-
-
-def _dtype(name: str) -> str:
-    known = ("auto", "float32", "bfloat16", "float16")
-    if name not in known:
-        raise InputError(f"--dtype: unknown {name!r}; {did_you_mean(name, known)}")
-    return name
-
-
-def _samples(
-    images: list[Path], prompt: str | None, dataset: Path | None, questions: int | None, seed: int,
-    videos: Sequence[Path] = (), frames: int = DEFAULT_FRAMES,
-) -> list[Sample]:  # fmt: skip
-    from foveate.data.inputs import read_image, read_jsonl
-    from foveate.data.samples import Sample, from_scenes
-    from foveate.data.video import sample_frames
-
-    if dataset is not None:
-        if images or videos or prompt is not None:
-            raise InputError("give either --dataset or --image with --prompt, not both")
-        return read_jsonl(dataset, frames)[:questions]
-    if images or videos:
-        if prompt is None or not prompt.strip():
-            needs, what = ("--image", "picture") if images else ("--video", "clip")
-            raise InputError(f"{needs} needs --prompt, the question about the {what}")
-        pictures = [Sample((read_image(path),), prompt, id=str(path)) for path in dict.fromkeys(images)]
-        clips = [
-            Sample((), prompt, id=str(path), videos=(sample_frames(path, frames),)) for path in dict.fromkeys(videos)
-        ]
-        return pictures + clips
-    if prompt is not None:
-        raise InputError("--prompt needs --image or --video, what it asks about")
-    return list(from_scenes("test", questions or DEFAULT_QUESTIONS, seed))
-
-
-def _accelerator(device: str) -> Any:
-    import torch
-    from accelerate import Accelerator
-
-    if device != "auto":
-        try:
-            # Something has to be put there: a device's name may be right where there is no such device.
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
-
-
-def _load(name: str, source: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """The model in evaluation mode on `device`, and its processor. InputError for what cannot be loaded.
-
-    `source` is what `_source(name)` found, and what transformers gets.
-    """
-    import torch
-    from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    from transformers.utils import logging
-
-    from foveate.hosts import SUPPORTED
-
-    # Its bar for reading weights is a matter of moments; that of downloads is the hub's own, and stays. The hub's
-    # warnings are one for every try to reach it, before the error that ends here in one line.
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    usable = [one for one in SUPPORTED if one in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()]
-    kind = {"auto": "auto" if device != "cpu" else torch.float32}.get(dtype) or getattr(torch, dtype)
-    try:
-        # The configuration first: it is small, and tells whether the rest is worth downloading.
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        for architecture in config.architectures or ():
-            if architecture not in usable:
-                raise InputError(f"{name} is a {architecture}; compare can use {' and '.join(usable)}")
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=kind, trust_remote_code=False, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shipped = ", ".join(_shipped())
-        raise InputError(f"{name} cannot be loaded: {reason[:300]} (models shipped here: {shipped})") from None
-    # Too long a prompt is our own error, with the sample's name; the tokenizer would only grumble.
-    processor.tokenizer.model_max_length = sys.maxsize
-    return loaded.to(device).eval(), processor
-
-
-def _source(name: str) -> str:
-    """What transformers loads `name` from: a folder or a hub id. InputError where it is neither."""
-    from foveate import zoo
-
-    shipped = _shipped()
-    if name in shipped:
-        return str(zoo.path(name))
-    if name in zoo.names():
-        raise InputError(f"{name} answers no questions; this command needs a model that does, such as {shipped[0]}")
-    if Path(name).exists():
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(f"{name}: no model here; a model's folder has a config.json")
-        return name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return name
-    raise InputError(
-        f"unknown model {name!r}: neither shipped ({did_you_mean(name, shipped)}), nor a folder here, nor a hub id "
-        "OWNER/NAME"
-    )
-
-
-def _shipped() -> list[str]:
-    """Models of the zoo that compare can use; the others answer no questions, and transformers does not know them."""
-    import json
-
-    from foveate import zoo
-
-    configs = {name: json.loads((zoo.path(name) / "config.json").read_text(encoding="utf-8")) for name in zoo.names()}
-    return [name for name, config in configs.items() if "model_type" in config]
-
-
-def _unknown_words(processor: Any, samples: Sequence[Sample], most: int = 5) -> list[str]:
-    """Up to `most` words of the prompts that a model with whole words for tokens does not know."""
-    tokenizer = processor.tokenizer
-    if tokenizer.unk_token_id is None:
-        return []
-    words = dict.fromkeys(word for sample in samples for word in sample.prompt.split())
-    unknown = (w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"])
-    return [repr(word[:40]) for word in itertools.islice(unknown, most)]
 
 
 def _seen(processor: Any, picture: Image.Image) -> Image.Image:
@@ -472,21 +317,6 @@ def _rows_json(rows: list[Any]) -> str:
     return json.dumps({"complete": False, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the time left on stderr; nothing where that is no terminal."""
-    console = _console(stderr=True)
-    if not console.is_terminal or console.quiet:
-        yield lambda done, total, text: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # methods
 
@@ -526,7 +356,7 @@ def methods(
             table.add_row(*(Text(cell) for cell in cells), style="bright_black" if baselines else "")
         if not baselines:
             table.add_row(Text("baselines", style="bold"))
-    console = _console()
+    console = make_console()
     console.print(table)
     console.print("\n[bright_black]foveate methods NAME tells all about one: what it does, settings, claims.[/]")
 
@@ -534,7 +364,7 @@ def methods(
 def _write_pages(folder: Path, slug: str | None, results: Path | None, recount: bool) -> None:
     from foveate.report.pages import write_pages
 
-    with _progress() as advance:
+    with progress_bar() as advance:
         checked = write_pages(folder, slug, results, recount, on_progress=advance)
     failed = [one for one in checked if not one.holds]
     print(f"{folder}: {len(checked)} claims, {len(failed)} failed")
@@ -545,7 +375,7 @@ def _write_pages(folder: Path, slug: str | None, results: Path | None, recount: 
 def _describe(cls: type[Published]) -> None:
     from foveate.report.wording import source
 
-    console, card = _console(), cls.card
+    console, card = make_console(), cls.card
     console.print(Text(card.title, style="bold"))
     if card.arxiv:
         console.print(Text(f"https://arxiv.org/abs/{card.arxiv}" + (f" ({card.year})" if card.year else "")))
@@ -610,9 +440,9 @@ def verify(
         published_class(slug)
     from foveate.measure.claims import verify as check
 
-    with _progress() as advance:
+    with progress_bar() as advance:
         checked = check(slug, on_progress=advance)
-    console = _console()
+    console = make_console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("method", "what", "ours", "figure", "tolerance", "source", ""):
         table.add_column(column, justify="right" if column in ("ours", "figure", "tolerance") else "left")
@@ -644,24 +474,14 @@ def train(
     from foveate import train as recipes
     from foveate.report.write import check_folder
 
-    _at_least("--seed", seed, 0)
+    at_least("--seed", seed, 0)
     if name not in recipes.names():
         raise InputError(f"nothing to train is called {name!r}; {did_you_mean(name, recipes.names())}")
     folder = check_folder(Path("runs") / name if out is None else out)
-    overrides = dict(_setting(text) for text in settings or ())
+    overrides = dict(parse_setting(text) for text in settings or ())
     if config is not None:
         overrides["config"] = config
     recipes.run(name, out=folder, seed=seed, resume=not fresh, smoke=smoke, **overrides)
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set wants NAME=VALUE, not {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value  # a bare word is a string
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from foveate.cli_common import DeviceOption, at_least, make_accelerator, make_console, progress_bar
 from foveate.method import InputError
 
 if TYPE_CHECKING:
@@ -49,22 +50,21 @@ def detect(
     person: Annotated[float, typer.Option(help="Least score of a person.")] = 0.7,
     action: Annotated[float, typer.Option(help="Least score of an action.")] = 0.3,
     batch_size: Annotated[int, typer.Option(help="Windows computed together.")] = 4,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Find the persons in a video and what they do; without --out and --json, print them."""
-    from foveate import cli
     from foveate.data.video import probe
     from foveate.detect import Annotation, Detection, Stopwatch
 
     for option, file, ending in (("--out", out, ".mp4"), ("--json", json, ".json")):
         if file is not None:
             _check_file(option, file, ending, video)
-    cli._at_least("--batch-size", batch_size, 1)
+    at_least("--batch-size", batch_size, 1)
     info = probe(video)
     detector, labels, usual = _load(model)
     if keep is not None:
         detector.set_dropout(keep=keep)
-    accelerator = cli._accelerator(device)
+    accelerator = make_accelerator(device)
     detector.to(accelerator.device if device == "auto" else device)
     watch = Stopwatch()
     detection = Detection(
@@ -123,11 +123,10 @@ def _run(
     detection: Detection, annotation: Annotation | None, json: Path | None, info: VideoInfo, facts: dict[str, Any],
     watch: Stopwatch,
 ) -> None:  # fmt: skip
-    from foveate import cli
     from foveate.detect import KeyframesFile
 
     seen: Counter[str] = Counter()
-    console = cli._console()
+    console = make_console()
     total = math.ceil(info.duration or 0)
 
     def closing() -> dict[str, Any]:
@@ -142,7 +141,7 @@ def _run(
         stack.callback(_say_partial, file, annotation)
         if file is not None:
             stack.enter_context(file)
-        advance = stack.enter_context(cli._progress())
+        advance = stack.enter_context(progress_bar())
 
         def note(now: float) -> None:
             advance(int(now), max(total, int(now)), "seconds of video")

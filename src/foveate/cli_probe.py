@@ -15,6 +15,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cli_common import (
+    DeviceOption,
+    DtypeOption,
+    check_dtype,
+    find_model,
+    load_model,
+    make_accelerator,
+    make_console,
+    parse_setting,
+    progress_bar,
+    unknown_words,
+)
 from foveate.method import InputError, Method, method_class, share
 
 if TYPE_CHECKING:
@@ -51,25 +63,24 @@ def verbose(
         float | None, typer.Option(help="Share of visual tokens that each of them may spend [0.5].")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for verbose.json and verbose.png.")] = Path("foveate-out"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Of noise and answers.")] = 256,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another setting; may be repeated.")
     ] = None,
 ) -> None:
     """How much longer can a change of the picture that nobody sees make a local model talk?"""
-    from foveate import cli
     from foveate.report.write import check_folder
 
-    kind = cli._dtype(dtype)
+    kind = check_dtype(dtype)
     names = _methods(methods, keep)
     check_folder(out)
-    source = cli._source(model)
+    source = find_model(model)
     if prompt is not None and image is None:
         raise InputError("--prompt needs --image, the picture that it asks about")
     own = {"iterations": iterations, "eps": _fraction("--eps", eps), "max_new_tokens": max_new_tokens, "seed": seed}
-    probe = _probe(own, dict(map(cli._setting, settings or ())))
+    probe = _probe(own, dict(map(parse_setting, settings or ())))
     _run(probe, model, source, _sample(image, prompt), names, 0.5 if keep is None else keep, out, device, kind)
 
 
@@ -84,14 +95,13 @@ def _run(
     device: str,
     dtype: str,
 ) -> None:
-    from foveate import cli
     from foveate.data.samples import to_inputs
 
-    accelerator = cli._accelerator(device)
-    loaded, processor = cli._load(model, source, str(accelerator.device) if device == "auto" else device, dtype)
+    accelerator = make_accelerator(device)
+    loaded, processor = load_model(model, source, str(accelerator.device) if device == "auto" else device, dtype)
     inputs = to_inputs(processor, [sample])
     so_far: list[Result] = []
-    with _applied(loaded, names, keep) as used, cli._progress() as advance:
+    with _applied(loaded, names, keep) as used, progress_bar() as advance:
 
         def note(result: Result) -> None:
             so_far[:] = [result]
@@ -111,9 +121,9 @@ def _run(
     _write(out, _NAME, facts, result, processor)
     for ending in ("json", "png"):
         (out / f"{_NAME}.partial.{ending}").unlink(missing_ok=True)
-    if words := cli._unknown_words(processor, [sample]):
+    if words := unknown_words(processor, [sample]):
         print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
-    console = cli._console()
+    console = make_console()
     console.print(_table(probe, result))
     console.print()
     told = " and ".join(f"{name} at {keep:g}" for name in names) or "no method"

@@ -12,6 +12,21 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cli_common import (
+    DeviceOption,
+    DtypeOption,
+    QuestionsOption,
+    at_least,
+    check_dtype,
+    find_model,
+    load_model,
+    make_accelerator,
+    make_console,
+    parse_methods,
+    progress_bar,
+    read_samples,
+    unknown_words,
+)
 from foveate.configuration import is_file
 from foveate.method import InputError
 
@@ -40,16 +55,13 @@ def tune(
         str | None, typer.Option(help="Comma-separated names (see `foveate methods`), or all, which is the default.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for trials.jsonl and chosen.json.")] = Path("foveate-tune"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    questions: Annotated[
-        int | None, typer.Option(help="Use this many questions; 256 of the scenes, or the data set's first.")
-    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    questions: QuestionsOption = None,
     batch_size: Annotated[int, typer.Option(help="Samples run together.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the held-out scenes and of the order of the samples.")] = 0,
 ) -> None:
     """Search methods, stacks and budgets for your goal, on your samples; the same command again resumes."""
-    from foveate import cli
     from foveate.report.write import check_folder
 
     # All that can be wrong with the arguments is found before anything is loaded.
@@ -61,23 +73,23 @@ def tune(
         raise InputError(f"--max-loss must be a share in [0, 1), such as 0.01 for one point, not {max_loss:g}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("tune runs in one process; start it without accelerate launch")
-    names = cli._method_names(methods)
+    names = parse_methods(methods)
     for name in names or ():
         if is_file(name):
             raise InputError(f"--methods {name}: tune looks for settings itself; give names of methods")
-    cli._at_least("--questions", questions, 1)
-    cli._at_least("--batch-size", batch_size, 1)
-    cli._at_least("--seed", seed, 0)
-    kind = cli._dtype(dtype)
+    at_least("--questions", questions, 1)
+    at_least("--batch-size", batch_size, 1)
+    at_least("--seed", seed, 0)
+    kind = check_dtype(dtype)
     check_folder(out)
-    source = cli._source(model)
-    samples = cli._samples(image or [], prompt, dataset, questions, seed)
+    source = find_model(model)
+    samples = read_samples(image or [], prompt, dataset, questions, seed)
 
     from foveate.measure import tune as search
 
     goal = search.Goal(target_speedup, max_loss)
-    accelerator = cli._accelerator(device)
-    loaded, processor = cli._load(model, source, str(accelerator.device) if device == "auto" else device, kind)
+    accelerator = make_accelerator(device)
+    loaded, processor = load_model(model, source, str(accelerator.device) if device == "auto" else device, kind)
     written = 0
 
     def note(trial: search.Trial) -> None:
@@ -85,7 +97,7 @@ def tune(
         written += 1
 
     try:
-        with cli._progress() as advance:
+        with progress_bar() as advance:
             tuned = search.tune(
                 loaded, processor, samples, names, goal=goal, folder=out, batch_size=batch_size, seed=seed, name=model,
                 on_progress=advance, on_trial=note,
@@ -94,7 +106,7 @@ def tune(
         path = out / search.TRIALS
         typer.echo(f"interrupted; {written} more trials are in {path}; the same command goes on from there", err=True)
         raise
-    if words := cli._unknown_words(processor, samples):
+    if words := unknown_words(processor, samples):
         typer.echo(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", err=True)
     _show(tuned, out / search.TRIALS, out / search.CHOSEN)
     if tuned.chosen is None:
@@ -102,9 +114,8 @@ def tune(
 
 
 def _show(tuned: Tuned, trials: Path, chosen: Path) -> None:
-    from foveate import cli
 
-    console = cli._console()
+    console = make_console()
     read = f", {tuned.read} trials read from an earlier run" if tuned.read else ""
     refused = f", {tuned.refused} of which this model cannot have" if tuned.refused else ""
     console.print(f"{tuned.tried} candidates{refused}; {tuned.samples} samples{read}")
