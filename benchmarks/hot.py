@@ -13,7 +13,6 @@ keypoints are made up.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ import torch
 from llava_shaped import write
 from slimmer import beside
 from torch import Tensor
+from trainings import arguments, means, trained
 
-from foveate import train
 from foveate.data.motion import Motions
 from foveate.methods.reduce.hot import Hot, between, density_peaks, motion
 from foveate.tokens import take
@@ -47,18 +46,13 @@ FIGURES = ("mpjpe_mm", "centre_mpjpe_mm", "mirrored_mpjpe_mm", "velocity_mm")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/hot"), help="where trainings are kept")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each variant")
+    parser = arguments(__doc__, "hot")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--windows", type=int, default=400, help="of the test split")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--parts", nargs="+", default=["lifting", "interpolation", "large"])
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs")
     parser.add_argument("--clips", default="", help="folder of motions instead of pybullet's")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="tiny models and two steps, nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {}
@@ -77,20 +71,10 @@ def lifting(name: str, options: argparse.Namespace) -> dict[str, Any]:
     small: dict[str, Any] = HotRecipe.smoke if options.smoke else {}
     if options.smoke and "keep" in changes:
         changes["keep"] = small["frames"]
-    chosen = {"threads": options.threads, "clips": options.clips}
-    if not options.smoke:
-        chosen |= {"steps": options.steps, "test_scenes": options.windows}
-    label = name.replace(", ", "-").replace(" ", "-")
-    runs = [
-        train.run("hot", out=options.out / f"{label}-{seed}", seed=seed, smoke=options.smoke, **changes, **chosen)
-        for seed in range(options.seed, options.seed + options.seeds)
-    ]
+    sizes = {"steps": options.steps, "test_scenes": options.windows}
+    runs = trained("hot", options, name, sizes, clips=options.clips, **changes)
     row: dict[str, Any] = {"variant": name, **changes, "frames": runs[0]["frames"], "kept": runs[0]["kept"]}
-    for figure in FIGURES:
-        if figure in runs[0]:
-            values = [run[figure] for run in runs]
-            row[figure] = {"mean": float(np.mean(values)), "by_seed": values}
-    row["training_seconds"] = [run["training"]["training_seconds"] for run in runs]
+    row |= means(runs, [figure for figure in FIGURES if figure in runs[0]])
     row["test_clips"] = runs[0]["test_clips"]
     if name != "host":
         host = {**VARIANTS["host"], "keep": runs[0]["frames"]}

@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from llava_shaped import write
 from torch import Tensor
+from trainings import means
 
 from foveate import train
 from foveate.data.scenes import NAMES
@@ -95,11 +95,7 @@ def main() -> None:
             run(recipe, out=options.out / f"{name}-{seed}", seed=seed, **chosen, threads=options.threads)
             for seed in range(options.seed, options.seed + options.seeds)
         ]
-        row: dict[str, Any] = {figure: runs[0][figure] for figure in ("flops", "parameters")}
-        for figure in FIGURES:
-            values = [one[figure] for one in runs]
-            row[figure] = {"mean": float(np.mean(values)), "by_seed": values}
-        row["training_seconds"] = [one["training"]["training_seconds"] for one in runs]
+        row = {figure: runs[0][figure] for figure in ("flops", "parameters")} | means(runs, FIGURES)
         results[name] = row
     models = {name: recipe.build(BackboneSettings()).eval() for name, recipe in RECIPES.items()}
     for name, times in timed(models, 8 if options.smoke else 32, 1 if options.smoke else options.pairs).items():

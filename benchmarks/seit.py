@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from llava_shaped import write
+from trainings import means
 
 from foveate import train
 from foveate.methods.learn.seit import Seit
@@ -85,11 +85,8 @@ def main() -> None:
     results = []
     for name, some in runs.items():
         row: dict[str, Any] = {"name": name, "stage": some[0]["stage"]}
-        for figure, value in some[0].items():
-            if isinstance(value, float) and figure not in STORAGE:
-                values = [one[figure] for one in some]
-                row[figure] = {"mean": float(np.mean(values)), "by_seed": values}
-        row["training_seconds"] = [one["training"]["training_seconds"] for one in some]
+        figures = [key for key, value in some[0].items() if isinstance(value, float) and key not in STORAGE]
+        row |= means(some, figures)
         results.append(row)
         print(row)
     storage = [{name: one[name] for name in STORAGE} for one in runs["pre-training"]]

@@ -8,13 +8,11 @@ the tokens: where the paper says that mixing beats dropping. `large`: ViT-B/16 b
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from llava_shaped import write
-from slimmer import beside, large, small, summary, trained
+from slimmer import arguments, beside, large, small, summary, trained
 
 from foveate import zoo
 from foveate.methods.reduce.sit_slim import SitSlim
@@ -31,17 +29,7 @@ LOSSES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/sit-slim"), help="where trainings are kept")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--test", type=int, default=2000, help="scenes of the test split")
-    parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs")
-    parser.add_argument("--batch", type=int, default=8, help="pictures of ViT-B/16; of tiny-vit 4 times as many")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="two steps, nothing is written")
-    options = parser.parse_args()
+    options = arguments(__doc__, "sit-slim").parse_args()
     torch.set_num_threads(options.threads)
     dense, pictures, scenes = zoo.load("tiny-vit"), torch.randn(4 * options.batch, 3, 96, 96), []
     count = 8 if options.smoke else options.test
@@ -49,9 +37,8 @@ def main() -> None:
         rows = []
         for label in (*REDUCERS, *LOSSES):
             reducer = label if label in REDUCERS else "slim"
-            named = f"{shape}-{label}".replace(", ", "-").replace(" ", "-")
             more = {**settings, **LOSSES.get(label, {}), "reducer": reducer}
-            runs = trained("sit-slim", options.out, options, named, **more)
+            runs = trained("sit-slim", options, f"{shape}-{label}", **more)
             row = summary(label, runs, ("names_mean_average_precision",))
             model = SitSlim.named("tiny", stage_blocks=settings["stages"], keep=settings["keep"])
             row |= beside(dense, with_reducer(model, reducer).eval(), pictures, options.pairs)

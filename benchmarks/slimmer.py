@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import trainings
 from torch import Tensor, nn
 
-from foveate import train, zoo
+from foveate import zoo
 from foveate.apply import apply
 from foveate.measure.flops import count_flops
 from foveate.measure.timing import interleave, seconds
@@ -83,26 +84,24 @@ def large(slimmed: dict[str, nn.Module], pairs: int, batch: int, seed: int) -> l
     return rows
 
 
-def trained(slug: str, folder: Path, options: Any, label: str, **settings: Any) -> list[dict[str, Any]]:
-    """Metrics of `foveate train SLUG` for each seed; what is in `folder` already is not trained again."""
-    if not options.smoke:
-        settings |= {"steps": options.steps, "test_scenes": options.test}
-    found = []
-    for seed in range(options.seed, options.seed + options.seeds):
-        out = folder / f"{label}-{seed}"
-        found.append(train.run(slug, out=out, seed=seed, smoke=options.smoke, threads=options.threads, **settings))
-    return found
+def arguments(description: str | None, slug: str) -> argparse.ArgumentParser:
+    """The options of `trainings.arguments`, and how large the trainings and what is timed are."""
+    parser = trainings.arguments(description, slug)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--test", type=int, default=2000, help="scenes of the test split")
+    parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs")
+    parser.add_argument("--batch", type=int, default=8, help="pictures of ViT-B/16; of tiny-vit 4 times as many")
+    return parser
+
+
+def trained(slug: str, options: argparse.Namespace, label: str, **settings: Any) -> list[dict[str, Any]]:
+    """See `trainings.trained`."""
+    return trainings.trained(slug, options, label, {"steps": options.steps, "test_scenes": options.test}, **settings)
 
 
 def summary(label: str, runs: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
-    """Means over seeds, and each."""
-    row: dict[str, Any] = {"method": label}
-    for name in names:
-        values = [run[name] for run in runs]
-        row[name] = {"mean": sum(values) / len(values), "by_seed": values}
-    row["flops_ratio"] = runs[0]["flops"] / runs[0]["dense_flops"]
-    row["training_seconds"] = [run["training"]["training_seconds"] for run in runs]
-    return row
+    """A row of results: means over seeds, and each."""
+    return {"method": label, **trainings.means(runs, names), "flops_ratio": runs[0]["flops"] / runs[0]["dense_flops"]}
 
 
 def small(flops_ratio: float, scenes: int, pairs: int, batch: int) -> list[dict[str, Any]]:

@@ -8,13 +8,11 @@ the last layer, and the object under every patch. `large`: ViT-B/16 beside ToMe 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from llava_shaped import write
-from slimmer import beside, counted, large, small, summary, trained
+from slimmer import arguments, beside, counted, large, small, summary, trained
 
 from foveate import zoo
 from foveate.methods.reduce.sit_slim import SitSlim
@@ -33,39 +31,25 @@ PATCHES = 144
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/stvit"), help="where trainings are kept")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--test", type=int, default=2000, help="scenes of the test split")
-    parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs")
-    parser.add_argument("--batch", type=int, default=8, help="pictures of ViT-B/16; of tiny-vit 4 times as many")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="two steps, nothing is written")
-    options = parser.parse_args()
+    options = arguments(__doc__, "stvit").parse_args()
     torch.set_num_threads(options.threads)
     dense, pictures, rows = zoo.load("tiny-vit"), torch.randn(4 * options.batch, 3, 96, 96), []
     precision = ("names_mean_average_precision",)
-
-    def named(label: str) -> str:
-        return label.replace(", ", "-").replace(" ", "-")
-
     for label, settings in ABLATIONS.items():
-        row = summary(label, trained("stvit", options.out, options, named(label), **settings), precision)
+        row = summary(label, trained("stvit", options, label, **settings), precision)
         rows.append(row | beside(dense, STViT.named("tiny", **settings).eval(), pictures, options.pairs))
         print(rows[-1], flush=True)
     keep = _equal(dense, rows[0]["flops_ratio"])
     for label in PEERS:
         settings = {"stages": (2, 3), "keep": keep, "reducer": label, "token_weight": 0.0, "logit_weight": 0.0}
-        row = summary(label, trained("sit-slim", options.out, options, label, **settings), precision)
+        row = summary(label, trained("sit-slim", options, label, **settings), precision)
         model = with_reducer(SitSlim.named("tiny", stage_blocks=(2, 3), keep=keep), label).eval()
         rows.append(row | {"keep": keep} | beside(dense, model, pictures, options.pairs))
         print(rows[-1], flush=True)
     rows += small(rows[0]["flops_ratio"], 8 if options.smoke else options.test, options.pairs, 4 * options.batch)
 
     both = (*precision, "patch_mean_iou", "dense_patch_mean_iou")
-    recovered = summary("stvit-r", trained("stvit", options.out, options, "recovering", layers="ffggr"), both)
+    recovered = summary("stvit-r", trained("stvit", options, "recovering", layers="ffggr"), both)
     recovered |= beside(dense, STViT.named("tiny", layers="ffggr").eval(), pictures, options.pairs)
     print(recovered, flush=True)
     slimmed = {"stvit": STViT.named("deit-b"), "stvit-r": STViT.named("deit-b", layers="ffffggsssssr")}

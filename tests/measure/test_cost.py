@@ -122,3 +122,10 @@ def test_interleaving_takes_the_median_of_ratios() -> None:
 def test_seconds_reads_the_clock_around_the_run() -> None:
     ticks = iter([10.0, 12.5])
     assert seconds(lambda: None, clock=lambda: next(ticks)) == 2.5
+
+
+def test_a_module_on_a_parameter_is_counted_without_gradients() -> None:
+    weight, layer = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Linear(4, 5, bias=False)
+    with torch.no_grad():
+        assert count_flops(lambda: layer(weight.expand(2, 3, 4))) == 2 * 2 * 3 * 4 * 5
+    assert count_flops(lambda: layer(weight).sum().backward()) == 3 * 2 * 3 * 4 * 5
