@@ -14,7 +14,8 @@ pytest.importorskip("torchmetrics")
 
 from foveate import train
 from foveate.method import InputError
-from foveate.methods.learn.seit import Seit, TokenFile
+from foveate.methods.learn.seit import Seit
+from foveate.nn.token_file import TokenFile
 from foveate.train.loop import write_tensors
 from foveate.train.recognition import single_objects
 from foveate.train.seit import PatchTokenizer, SeitRecipe, SeitSettings, on_disk, stored

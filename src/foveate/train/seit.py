@@ -34,10 +34,8 @@ from foveate.methods.learn.seit import (
     SeitClassifier,
     TokenAdapt,
     TokenAugmentation,
-    TokenFile,
-    storage,
-    write_tokens,
 )
+from foveate.nn.token_file import TokenFile, storage, write_tokens
 from foveate.train.loop import Batch, Recipe, Settings, write_tensors
 from foveate.train.recognition import accuracy_and_calibration, drawn, single_objects
 from foveate.train.tiny_vit import normalised
