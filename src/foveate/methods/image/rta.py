@@ -1,4 +1,10 @@
-"""RTA: attention that corruptions do not throw off. Tokens average their neighbours first, and rows are kept apart."""
+"""RTA: attention that corruptions do not throw off. Tokens average their neighbours first, and rows are kept apart.
+
+`TokenAwarePooling` (TAP) gives each token of maps (B, C, H, W) a mixture of means over windows of several widths, with
+weights that it chooses itself; a block is then `x + Attention(LN(TAP(x)))`. `attention_diversity_loss` punishes, over
+all blocks, rows of attention (B, H, N, N) that look alike, entries up to threshold / N left out. `Rta` is a backbone
+with both; the paper's backbones, FAN-Hybrid, are `FanHybrid`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""CutMix: a rectangle of one training picture is pasted into another, and the labels are mixed by area."""
+"""CutMix: a rectangle of one training picture is pasted into another, and the labels are mixed by area.
+
+Of images x (B, C, H, W) with labels y and a partner p for each: `lambda ~ Beta(alpha, alpha)`, a box with sides
+`sqrt(1 - lambda) (W, H)` anywhere, clipped to the picture; within it `x = x[p]`, and with lambda = 1 - area / (H W) of
+what was copied, `y = lambda y + (1 - lambda) y[p]`. `Cut` is such a box, `Mixing` a draw for a batch, `CutMix` the
+transform.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""STViT: the deep layers of a vision transformer run on a few semantic tokens, made by attention from pooled seeds."""
+"""STViT: the deep layers of a vision transformer run on a few semantic tokens, made by attention from pooled seeds.
+
+Of X (B, N, C), 16 seeds P (B, 16, C), one a region, become semantic tokens: `S' = P + Attention(q = P, k = v = X)`,
+`S = S' + FFN(S')`; once more with learned centres G, `q = S + G`, `k = v = [S | X]`; the later layers run on S alone.
+STViT-R brings all tokens back, `X' = X + Attention(q = X, k = v = S)`. `STViT` does that in a plain vision transformer,
+`STViTSwin` within windows; both by `SemanticLayers`.
+"""
 
 from __future__ import annotations
 
