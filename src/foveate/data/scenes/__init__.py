@@ -13,6 +13,7 @@ disjoint lists of photographs. No picture is stored in this repository.
     ground_truth.py  `Scenes`, `Scene`, masks, boxes, relations, labels of patches
     questions.py     questions about a picture, and their vocabulary
     held_out.py      questions for measuring a model, and their export
+    captioned.py     `CaptionedScenes`: one or two large objects and a short caption, for generators
 
 A clip is a moving scene: the camera moves over the photograph, one to four emoji act in front of it.
 
@@ -22,6 +23,7 @@ A clip is a moving scene: the camera moves over the photograph, one to four emoj
     held_out_clips.py  questions for measuring a model
 """
 
+from foveate.data.scenes.captioned import CaptionedScene, CaptionedScenes, caption, caption_words
 from foveate.data.scenes.clip_questions import CLIP_QUESTION_TYPES, clip_words
 from foveate.data.scenes.clips import Actor, Clip, Clips, Event, Flow, compose_clip, flow_of
 from foveate.data.scenes.ground_truth import (
@@ -38,7 +40,7 @@ from foveate.data.scenes.ground_truth import (
 from foveate.data.scenes.held_out import HeldOutQuestion, export_questions, held_out_questions
 from foveate.data.scenes.held_out_clips import HeldOutClipQuestion, held_out_clip_questions
 from foveate.data.scenes.motion import ACTIONS, Action, ClipLayout, Track, sample_clip_layout
-from foveate.data.scenes.pictures import Background, Layout, Placement, compose, moved, sample_layout
+from foveate.data.scenes.pictures import GROUNDS, Background, Layout, Placement, compose, moved, sample_layout
 from foveate.data.scenes.questions import NUMBERS, QUESTION_TYPES, REGIONS, Question, words
 from foveate.data.scenes.sprites import CATEGORIES, CATEGORY_OF, NAMES, PHOTOGRAPHS, SPLITS
 
@@ -47,6 +49,7 @@ __all__ = [
     "CATEGORIES",
     "CATEGORY_OF",
     "CLIP_QUESTION_TYPES",
+    "GROUNDS",
     "NAMES",
     "NUMBERS",
     "PHOTOGRAPHS",
@@ -56,6 +59,8 @@ __all__ = [
     "Action",
     "Actor",
     "Background",
+    "CaptionedScene",
+    "CaptionedScenes",
     "Clip",
     "ClipLayout",
     "Clips",
@@ -72,6 +77,8 @@ __all__ = [
     "SceneObject",
     "Scenes",
     "Track",
+    "caption",
+    "caption_words",
     "clip_words",
     "compose",
     "compose_clip",

@@ -124,14 +124,19 @@ class Scenes:
         layout = sample_layout(
             generator(self.split, self.seed, index, stream=0), self.split, size=self.size, objects=self.objects
         )
-        image, masks = compose(layout, self.size)
-        objects = []
-        for placement, mask in zip(layout.placements, masks):
-            objects.append(SceneObject(placement.name, CATEGORY_OF[placement.name], _box(mask), mask, int(mask.sum())))
-        return Scene(self.split, self.seed, index, image, tuple(objects), layout)
+        return scene_of(layout, self.size, self.split, self.seed, index)
 
     def __iter__(self) -> Iterator[Scene]:
         return (self[index] for index in range(self.length))
+
+
+def scene_of(layout: Layout, size: int, split: str, seed: int, index: int) -> Scene:
+    """The painted layout with its ground truth, as scene `index` of that split and seed."""
+    image, masks = compose(layout, size)
+    objects = []
+    for placement, mask in zip(layout.placements, masks):
+        objects.append(SceneObject(placement.name, CATEGORY_OF[placement.name], _box(mask), mask, int(mask.sum())))
+    return Scene(split, seed, index, image, tuple(objects), layout)
 
 
 class SceneDataset(Dataset[dict[str, torch.Tensor]]):

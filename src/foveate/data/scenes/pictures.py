@@ -13,7 +13,15 @@ from foveate.data.scenes.sprites import NAMES, PHOTOGRAPHS, photograph_pixels, s
 BASE_SIZE = 96
 """Side of a picture in px unless another is asked for."""
 
-_OBJECT_SIDES = (20, 44)  # px of the emoji's square in a picture of 96 px
+OBJECT_SIDES = (20, 44)
+"""Least and greatest px of an emoji's square in a picture of 96 px, unless others are asked for."""
+
+GROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245), "gray": (140, 140, 140), "blue": (110, 150, 215), "green": (125, 185, 125),
+    "pink": (235, 165, 190),
+}  # fmt: skip
+"""Plain grounds that can take a photograph's place, with their colours."""
+
 _MIN_VISIBLE = 0.75  # share of every object that stays visible when others are pasted over it
 
 
@@ -29,7 +37,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Background:
-    """A crop of a photograph: `box` (left, upper, right, lower) in px of the photograph, and how it is changed."""
+    """A crop of a photograph: `box` (left, upper, right, lower) in px of the photograph, and how it is changed.
+
+    Where `photograph` is a name of `GROUNDS`, the background has that one colour, changed likewise.
+    """
 
     photograph: str
     box: tuple[int, int, int, int]
@@ -47,18 +58,29 @@ class Layout:
 
 
 def sample_layout(
-    rng: np.random.Generator, split: str, *, size: int = BASE_SIZE, objects: tuple[int, int] = (1, 5)
+    rng: np.random.Generator,
+    split: str,
+    *,
+    size: int = BASE_SIZE,
+    objects: tuple[int, int] = (1, 5),
+    sides: tuple[int, int] = OBJECT_SIDES,
+    plain: bool = False,
+    copies: bool = True,
 ) -> Layout:
-    """Draws a background and placements for a picture of `size` px; every object stays at least 75 % visible."""
-    background = _sample_background(rng, split)
+    """Draws a background and placements for a picture of `size` px; every object stays at least 75 % visible.
+
+    `sides` are those of the objects in a picture of 96 px. The background is a photograph or, if `plain`, one of
+    `GROUNDS`. Without `copies` no name occurs twice.
+    """
+    background = _plain_background(rng) if plain else _sample_background(rng, split)
     count = int(rng.integers(objects[0], objects[1] + 1))
     names = [str(name) for name in rng.choice(NAMES, size=count, replace=False)]
     # Some names occur two or three times, so that "how many times does the dog appear" is a question.
-    if count >= 2 and rng.random() < 0.45:
+    if copies and count >= 2 and rng.random() < 0.45:
         names[1] = names[0]
         if count >= 3 and rng.random() < 0.45:
             names[2] = names[0]
-    least, greatest = (round(side * size / BASE_SIZE) for side in _OBJECT_SIDES)
+    least, greatest = (round(side * size / BASE_SIZE) for side in sides)
     owner = np.full((size, size), -1, dtype=np.int16)
     placements: list[Placement] = []
     totals: list[int] = []
@@ -136,7 +158,14 @@ def _sample_background(rng: np.random.Generator, split: str) -> Background:
     )
 
 
+def _plain_background(rng: np.random.Generator) -> Background:
+    name = str(rng.choice(list(GROUNDS)))
+    return Background(name, (0, 0, 0, 0), mirrored=False, brightness=float(rng.uniform(-8, 8)), contrast=1.0)
+
+
 def _paint_background(background: Background, size: int) -> NDArray[np.uint8]:
+    if background.photograph in GROUNDS:
+        return toned(np.full((size, size, 3), GROUNDS[background.photograph], dtype=np.float32), background)
     left, upper, right, lower = background.box
     crop = Image.fromarray(photograph_pixels(background.photograph)[upper:lower, left:right])
     if background.mirrored:
