@@ -4,6 +4,9 @@
 with foveate.apply(model, "pyramiddrop", keep=0.5) as applied:
     model.generate(**inputs)
 applied.trace  # per stage: tokens in and out, and where every source patch went
+
+with foveate.apply(pipeline, "variable-size"):  # a pipeline of diffusers
+    pipeline(prompt, height=1024, width=1024)
 ```
 """
 
@@ -18,8 +21,6 @@ from foveate.method import InputError, Method, build
 
 # Adapters bring torch, and with it seconds; they are loaded when the first method is applied.
 if TYPE_CHECKING:
-    from torch import nn
-
     from foveate.hosts.host import Host, Record
 
 
@@ -27,13 +28,13 @@ class Applied:
     """Methods at work on a model; `remove()` or leaving the `with` block restores the model bit for bit.
 
     Attributes:
-        model: the model, unmodified but for hooks.
+        model: the model or pipeline, unmodified but for hooks.
         methods: the methods, in the order in which they were given.
         host: the adapter; `host.shape` tells what it found.
         trace: a `Record` per stage of the last forward that saw a picture.
     """
 
-    def __init__(self, model: nn.Module, methods: tuple[Method, ...]) -> None:
+    def __init__(self, model: Any, methods: tuple[Method, ...]) -> None:
         from foveate.hosts import adapt
 
         self.model, self.methods = model, methods
@@ -65,11 +66,11 @@ class Applied:
         self.remove()
 
 
-def apply(model: nn.Module, method: str | Method | Sequence[str | Method], **settings: Any) -> Applied:
+def apply(model: Any, method: str | Method | Sequence[str | Method], **settings: Any) -> Applied:
     """Puts one method, or several whose stages do not clash, to work on a model at once.
 
     Args:
-        model: a supported model, by its class; `foveate.hosts.SUPPORTED` lists them.
+        model: a supported model or pipeline, by its class; `foveate.hosts.SUPPORTED` lists them.
         method: a registered name, a configuration file (a name that ends in ".json", see `foveate.configuration`), an
             instance, or a list of these.
         settings: the method's keyword arguments, with a single name only.

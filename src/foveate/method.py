@@ -45,6 +45,8 @@ STAGES = {
     "llm.attention": "each call of a language-model layer's attention, decoding included",
     "llm.mlp": "each call of a language-model layer's MLP that has visual tokens among its inputs",
     "llm.decode": "the cache of each language-model layer, once, between prefill and decoding",
+    "denoiser.call": "every call of a diffusion pipeline's denoiser",
+    "denoiser.attention": "every call of an attention layer of the denoiser",
 }
 """The places where tokens, or what is computed on them, may change."""
 
@@ -60,7 +62,7 @@ class Card:
     Attributes:
         slug, title, arxiv, year: of the paper; `arxiv` is its number, "" for a baseline.
         kind: one of `KINDS`.
-        hosts: families the method applies to: "hf-vlm", "hf-vision", "hf-video", "timm".
+        hosts: families the method applies to: "hf-vlm", "hf-vision", "hf-video", "timm", "diffusers".
         summary: one sentence for `foveate methods`.
         training_free: whether it works without trained weights of its own.
         identity: arguments with which the method changes nothing, where there are such.
@@ -145,12 +147,13 @@ class HostShape:
     """The facts about a host that a method may need before it runs.
 
     Attributes:
-        family: "hf-vlm", "hf-vision" (pictures), "hf-video" (clips) or "timm".
+        family: "hf-vlm", "hf-vision" (pictures), "hf-video" (clips), "timm" or "diffusers".
         stages: the stages that this host has.
         vision_layers: depth of the vision encoder, 0 if there is none.
         feature_layer: 0-based encoder layer whose output the host uses (LLaVA-1.5: 22 of 24).
         prefix: class and register tokens before the patches.
-        grid: (rows, columns) of patches of one crop at the encoder's native resolution.
+        grid: (rows, columns) of patches of one crop at the encoder's native resolution; of a denoiser's first layer at
+            the size that it was trained with, (0, 0) where its configuration does not say.
         llm_layers: depth of the language model, 0 if there is none.
         class_token: whether the first of the prefix is a class token (SigLIP has no prefix, some ViTs only registers).
         joined: how many patches the host joins to one token behind the encoder (InternVL: 4), whatever has become of
@@ -225,7 +228,7 @@ class Stage:
 
     Attributes:
         name: one of `STAGES`.
-        layer: 0-based layer, -1 where the stage has none.
+        layer: 0-based layer, -1 where the stage has none; the sampler's step at "denoiser.call".
         host: facts about the host.
         signals: see `Signals`.
         entered: (B,) long, tokens of each sample when they entered this part of the host (encoder, language model).
@@ -233,7 +236,8 @@ class Stage:
         marks: what a method notes at a vision stage of each source patch, name -> (rows, M), for the language model's
             stages: there they are (B, M) float for all source patches of a sample, 0 where a token is no patch.
         memory: what methods note during a prefill for decoding. It rides on the cache, so that each conversation has
-            its own. Keep there what cannot be had again, by your own keys.
+            its own. Keep there what cannot be had again, by your own keys. In a diffusion pipeline it is emptied
+            whenever the sampler sets its steps, so that each run has its own.
     """
 
     name: str
@@ -257,9 +261,10 @@ _H = TypeVar("_H", bound=Callable[..., Any])
 def at(stage: str) -> Callable[[_H], _H]:
     """Marks a method of a `Method` as the handler of a stage: `(tokens, at) -> Tokens`.
 
-    Others are handed something else at four stages: at "vision.pixels" pixels (B, 3, H, W), returning such; at
-    "llm.attention" an `AttentionCall` and at "llm.mlp" an `MlpCall` (`foveate.nn.calls`), returning the output; at
-    "llm.decode" the tokens that the layer's cache holds, without features, returning those that stay.
+    Others are handed something else at six stages: at "vision.pixels" pixels (B, 3, H, W), returning such; at
+    "llm.attention" an `AttentionCall`, at "llm.mlp" an `MlpCall`, at "denoiser.call" a `DenoiserCall` and at
+    "denoiser.attention" a `DenoiserAttention` (`foveate.nn.calls`), returning the output; at "llm.decode" the tokens
+    that the layer's cache holds, without features, returning those that stay.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")

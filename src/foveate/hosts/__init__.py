@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from foveate.hosts.host import Host
 from foveate.method import InputError, did_you_mean
@@ -31,12 +31,13 @@ SUPPORTED: dict[str, str] = {
     "VideoMAEForVideoClassification": "vision",
     "VisionTransformer": "vision",
     "VisionTransformerDistilled": "vision",
+    "DiffusionPipeline": "diffusion",
 }
 """class name -> module of its adapter."""
 
 
-def adapt(model: nn.Module) -> Host:
-    """The adapter for a model. InputError for a class that has none."""
+def adapt(model: Any) -> Host:
+    """The adapter for a model or a pipeline of diffusers. InputError for a class that has none."""
     # A subclass that adds a head or a loss is still the model that it derives from.
     name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), None)
     if name is None:
@@ -59,6 +60,10 @@ def adapt(model: nn.Module) -> Host:
         from foveate.hosts.qwen_vl import QwenVLHost
 
         return QwenVLHost(model)
+    if SUPPORTED[name] == "diffusion":
+        from foveate.hosts.diffusion import DiffusionHost
+
+        return DiffusionHost(model)
     from foveate.hosts.vision import VisionHost
 
     return VisionHost(model)

@@ -44,21 +44,24 @@ class Host:
 
     shape: HostShape
 
-    def __init__(self, model: nn.Module) -> None:
-        if any(module in _IN_USE for module in model.modules()):
-            raise InputError("this model has methods applied already; remove them first, or apply a list")
+    def __init__(self, model: Any, root: nn.Module | None = None) -> None:
+        """`root` is the module that is hooked, where `model` is none itself (a pipeline)."""
         self.model: Any = model
+        self._root: nn.Module = model if root is None else root
+        if any(module in _IN_USE for module in self._root.modules()):
+            raise InputError("this model has methods applied already; remove them first, or apply a list")
         self.plan: dict[str, Method] = {}
         self.trace: list[Record] = []
         self.marks: dict[str, Tensor] = {}
         self.memory: dict[str, Any] = {}
+        self._installed = False
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[nn.Module, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any]] = []
 
     def install(self, plan: dict[str, Method]) -> None:
         """Hooks in `plan`, stage -> method; all of it or, after an error, nothing."""
-        self.plan = plan
-        _IN_USE.update(self.model.modules())
+        self.plan, self._installed = plan, True
+        _IN_USE.update(self._root.modules())
         try:
             self.hook()
         except BaseException:
@@ -71,25 +74,26 @@ class Host:
 
     def remove(self) -> None:
         """Takes everything off; calling it again does nothing."""
-        if not self._handles:
+        if not self._installed:
             return
+        self._installed = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module, name, before in reversed(self._replaced):
+        for owner, name, before in reversed(self._replaced):
             if before is _ABSENT:
-                del module.__dict__[name]
+                del owner.__dict__[name]
             else:
-                module.__dict__[name] = before
+                owner.__dict__[name] = before
         self._replaced.clear()
-        for module in self.model.modules():
+        for module in self._root.modules():
             _IN_USE.discard(module)
 
-    def replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Calls of `module.<name>` go to `function`, until `remove`."""
+    def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Calls of `owner.<name>`, of a module or a scheduler, go to `function`, until `remove`."""
         # Past nn.Module's bookkeeping, so that the module tree and the state dict stay as they are.
-        self._replaced.append((module, name, module.__dict__.get(name, _ABSENT)))
-        module.__dict__[name] = function
+        self._replaced.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        owner.__dict__[name] = function
 
     def pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Calls `hook(module, args, kwargs) -> (args, kwargs) | None` before `module`."""
@@ -131,7 +135,12 @@ def split_read(name: str) -> tuple[str, int]:
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module.forward` by name, however they were passed; **kwargs are flattened in."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return by_name(module.forward, args, kwargs)
+
+
+def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same of a call of any function."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
     arguments = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:

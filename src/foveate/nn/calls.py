@@ -1,9 +1,11 @@
-"""What the stages "llm.attention" and "llm.mlp" hand to a method: a call that it may change, replace or let through."""
+"""What stages hand to a method where it may change, replace or let through a call: "llm.attention", "llm.mlp",
+"denoiser.call", "denoiser.attention"."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,3 +114,94 @@ class MlpCall:
     module: nn.Module
     is_visual: Tensor
     function: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserCall:
+    """One call of a diffusion pipeline's denoiser. A handler returns its output (B, C', h, w), as the pipeline expects
+    it: noise, velocity, or with the learned variance behind it (C' = 2 C).
+
+    Attributes:
+        latents: (B, C, h, w) as the denoiser gets them: scaled by the sampler, doubled for guidance.
+        timestep: () or (B,), as the denoiser gets it; Lumina counts it from 0 (noise) to 1.
+        step, steps: the sampler's 0-based step and how many are scheduled: one for each of `scheduler.timesteps`, so
+            51 of 50 with PNDM. A run that starts late (image to image) starts at a later step.
+        begin: the step that this run started with, 0 if it started from noise.
+        number: 0-based, of the calls within this step: Lumina2's second is the unconditional one.
+        guided: whether the batch is two halves, one of which is unconditional.
+        conditional: the rows of the batch that see the prompt: half of them if guided, and in most pipelines the
+            second; none in an unconditional call.
+        sample: (n, C, h, w) the sampler's own latents, before it scales them; n = B / 2 if guided.
+        arguments: the forward's further arguments by name, without `return_dict`.
+        module: the denoiser.
+        scheduler: the sampler.
+        function: runs the denoiser, `function(latents=None, **changes) -> (B, C', h, w)`, with other latents or
+            arguments than these. Gradients flow where `torch.enable_grad()` says so.
+        replace_sample: `replace_sample(sample)`: the sampler's step starts from this (n, C, h, w) instead of its own
+            latents. Returns `latents` made of it, scaled and doubled, for `function`. PNDM's second step starts from
+            the sample of its first, whatever it is given.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    step: int
+    steps: int
+    begin: int
+    number: int
+    guided: bool
+    conditional: slice
+    sample: Tensor
+    arguments: Mapping[str, Any]
+    module: nn.Module
+    scheduler: Any
+    function: Callable[..., Tensor]
+    replace_sample: Callable[[Tensor], Tensor]
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first call of a run."""
+        return self.step == self.begin and self.number == 0
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserAttention:
+    """One call of an attention layer of a denoiser. A handler returns what `function` does: (B, R, D), or a pair with
+    the text's output where text attends too (Stable Diffusion 3).
+
+    Attributes:
+        name: of the module, "down_blocks.0.attentions.0.transformer_blocks.0.attn1".
+        index: 0-based, in the order in which the layers run; begins anew with each run of the denoiser.
+        module: the layer, with `heads`, `to_q`, `to_k` and `scale`.
+        hidden: (B, R, D), what queries are made of; (B, D, h, w) in some UNets.
+        context: (B, S, D') what keys are made of (cross-attention) or joined by (joint attention); None for others.
+        cross: whether no key is of the picture.
+        grid: (rows, columns) of the picture's tokens at this depth.
+        image: how many keys are tokens of the picture; 0 where it is none's business: cross-attention, text alone,
+            frames in time.
+        native: how many there are at the size that the denoiser was trained with, 0 where its configuration does not
+            say; if fewer tokens than the grid's enter the layer, this is still the whole grid's.
+        keys: how many keys each query sees, those of the picture among them: an int, or (B,) where some are masked.
+        mask: (B, 1, S) added to the logits of cross-attention, or (B, S) of which are real; None where all are.
+        arguments: further arguments of the layer by name.
+        call: the denoiser's call; its rows are those of the whole call, not those of a run with other latents.
+        function: runs the layer, `function(query_scale=None)`; a float or (B,) multiplies the logits, whichever
+            attention processor computes them.
+        watch: runs it as `function` does, and returns the output and (B, H, R, S) float32 attention, with gradients
+            where they are on. InputError where text has queries of its own or positions are rotated.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    hidden: Tensor
+    context: Tensor | None
+    cross: bool
+    grid: tuple[int, int]
+    image: int
+    native: int
+    keys: int | Tensor
+    mask: Tensor | None
+    arguments: Mapping[str, Any]
+    call: DenoiserCall
+    function: Callable[..., Any]
+    watch: Callable[[], tuple[Any, Tensor]]
