@@ -135,13 +135,14 @@ def find_model(name: str) -> str:
 
 
 def shipped_models() -> list[str]:
-    """Models of the zoo that compare can use; the others answer no questions, and transformers does not know them."""
+    """Models of the zoo that compare can use; the others answer no questions."""
     import json
 
     from foveate import zoo
 
-    configs = {name: json.loads((zoo.path(name) / "config.json").read_text(encoding="utf-8")) for name in zoo.names()}
-    return [name for name, config in configs.items() if "model_type" in config]
+    files = {name: zoo.path(name) / "config.json" for name in zoo.names()}
+    configs = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    return [name for name, config in configs.items() if "vision_config" in config]
 
 
 def load_model(name: str, source: str, device: str, dtype: str) -> tuple[Any, Any]:

@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 from foveate.method import InputError
 
 _ROOT = Path(__file__).parent
+_PIPELINE = "model_index.json"  # what the folder of a diffusers pipeline has in place of config.json
 
 
 def names() -> list[str]:
     """Models whose weights are here."""
-    return sorted(folder.parent.name for folder in _ROOT.glob("*/config.json"))
+    return sorted({file.parent.name for form in ("config.json", _PIPELINE) for file in _ROOT.glob(f"*/{form}")})
 
 
 def path(name: str) -> Path:
-    """The model's folder; but for `tiny-vit` and `evad`, transformers' `from_pretrained` loads it.
+    """The model's folder; but for `tiny-vit` and `evad`, `from_pretrained` of transformers or diffusers loads it.
 
     Raises InputError if unknown."""
     known = names()
@@ -38,15 +39,20 @@ def path(name: str) -> Path:
 def load(name: str) -> Any:
     """The model in float32 and eval mode: for `tiny-vit` a timm `VisionTransformer` (see `zoo/vit.py`), for
     `tiny-llava` a transformers `LlavaForConditionalGeneration`, for `tiny-onevision` a
-    `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`). Raises InputError
-    for an unknown name."""
+    `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`), for `tiny-vae` a
+    diffusers `AutoencoderKL`, for `tiny-dit` and `tiny-dit-small` a `StableDiffusion3Pipeline`, for `tiny-sd` a
+    `StableDiffusionPipeline`. Raises InputError for an unknown name."""
     return load_folder(path(name))
 
 
 def load_folder(folder: str | Path) -> Any:
     """Like `load`, from any folder that a training run wrote."""
     folder = Path(folder)
+    if (folder / _PIPELINE).is_file():
+        return need_diffusers().DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "_class_name" in config:
+        return need_diffusers().AutoModel.from_pretrained(folder, local_files_only=True).eval()
     if "model_type" in config:
         from transformers import AutoModelForImageTextToText
 
@@ -70,3 +76,14 @@ def build_vit(config: dict[str, int]) -> Any:
             raise
         raise InputError("tiny-vit needs timm: pip install 'foveate[timm]'") from None
     return SceneTransformer(**config)
+
+
+def need_diffusers() -> Any:
+    """The package; raises InputError where it is not installed."""
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise InputError("diffusion models need diffusers: pip install 'foveate[diffusers]'") from None
+    return diffusers
