@@ -96,6 +96,7 @@ class DiffusionHost(Host):
         self._order: dict[_Layer, int] = {}
         self._unscaled: tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None = None
         self._replacement: Tensor | None = None
+        self._prompts: tuple[str, ...] = ()
         self.shape = HostShape(
             "diffusers", ("denoiser.call", "denoiser.attention"), vision_layers=0, feature_layer=-1, prefix=0,
             grid=self._grid(self._trained, 0), class_token=False,
@@ -112,6 +113,9 @@ class DiffusionHost(Host):
                 own = getattr(self._scheduler, name)
                 # Pipelines look at the signatures of these.
                 self.replace(self._scheduler, name, functools.wraps(own)(functools.partial(function, own)))
+        if hasattr(self.model, "encode_prompt"):
+            own = self.model.encode_prompt
+            self.replace(self.model, "encode_prompt", functools.wraps(own)(functools.partial(self._encode, own)))
         if "denoiser.attention" in self.plan:
             for name, module in self._denoiser.named_modules():
                 if hasattr(module, "to_q") and hasattr(module, "set_processor"):
@@ -119,6 +123,13 @@ class DiffusionHost(Host):
                     self.replace(module, "forward", functools.partial(self._attend, layer))
                     for projected, part in layer.projections():
                         self.post(part, functools.partial(layer.passing, projected))
+
+    # -- the prompt
+
+    def _encode(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prompt = inspect.signature(own).bind(*args, **kwargs).arguments.get("prompt") or ()
+        self._prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        return own(*args, **kwargs)
 
     # -- the sampler
 
@@ -200,9 +211,12 @@ class DiffusionHost(Host):
             # Behind the sample, some pipelines give the denoiser a mask and a picture.
             return torch.cat([made, latents[:, made.shape[1] :]], 1)
 
+        # All pictures of a prompt stand together.
+        prompts = tuple(one for one in self._prompts for _ in range(len(sample) // len(self._prompts)))
         call = DenoiserCall(
             latents, timestep, self._began + self._done, len(self._scheduler.timesteps), self._began, self._number,
-            guided, conditional, sample, arguments, self._denoiser, self._scheduler, function, replace_sample,
+            guided, conditional, sample, prompts, getattr(self.model, "tokenizer", None), arguments, self._denoiser,
+            self._scheduler, function, replace_sample,
         )  # fmt: skip
         return call
 

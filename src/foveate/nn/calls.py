@@ -132,6 +132,8 @@ class DenoiserCall:
         conditional: the rows of the batch that see the prompt: half of them if guided, and in most pipelines the
             second; none in an unconditional call.
         sample: (n, C, h, w) the sampler's own latents, before it scales them; n = B / 2 if guided.
+        prompts: of each of these pictures; () where the pipeline got embeddings, or none.
+        tokenizer: that they are read with, None where the pipeline has none.
         arguments: the forward's further arguments by name, without `return_dict`.
         module: the denoiser.
         scheduler: the sampler.
@@ -151,6 +153,8 @@ class DenoiserCall:
     guided: bool
     conditional: slice
     sample: Tensor
+    prompts: tuple[str, ...]
+    tokenizer: Any
     arguments: Mapping[str, Any]
     module: nn.Module
     scheduler: Any
