@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.method import Card, Claim, InputError, Published, choice, register, whole, within
+from foveate.nn.gradients import frozen
 
 LOSSES = ("end", "uncertainty", "diversity")
 _SMALLEST = 1e-20
@@ -257,7 +257,7 @@ class VerboseImages(Published):
                 takes, a gradient that is not finite.
         """
         target = _Target(self, model, inputs, processor)
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             generator = torch.Generator().manual_seed(self.seed)
             shape = target.clean.shape
             signs = torch.randint(0, 2, shape, generator=generator).to(target.clean) * 2 - 1
@@ -364,23 +364,6 @@ def decode_cost(model: Any, inputs: Mapping[str, Any]) -> DecodeCost:
 
 def _cache_bytes(cache: Any) -> int:
     return sum(one.numel() * one.element_size() for layer in cache.layers for one in (layer.keys, layer.values))
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with weights that take no gradient: without it, activations are kept for them."""
-    training = [module for module in model.modules() if module.training]
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
-    model.eval()
-    try:
-        for weight in learning:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in learning:
-            weight.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 class _Target:
