@@ -12,6 +12,7 @@ what it costs.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,13 +23,14 @@ from foveate.apply import apply
 from foveate.hosts import adapt
 from foveate.measure.flops import count_flops, flop_counter
 from foveate.measure.timing import Timing, interleave, seconds
-from foveate.method import method_class
+from foveate.method import Method, method_class
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--methods", nargs="+", default=["pyramiddrop", "fopru", "aim"])
+    parser.add_argument("--result", default="realised_share", help="name of the JSON file")
     options = parser.parse_args()
     model, inputs = build(options)
     run = prefill(model, inputs)
@@ -44,25 +46,7 @@ def main() -> None:
     for slug in options.methods:
         for budget in options.budgets:
             method = method_class(slug).for_budget(budget, shape)
-
-            def paired(read: Callable[[], float], method: Any = method) -> Timing:
-                def once(context: AbstractContextManager[Any]) -> float:
-                    with context:
-                        return read()
-
-                return interleave(
-                    lambda: once(nullcontext()), lambda: once(apply(model, method)), options.pairs, warmup=2
-                )
-
-            section = Section(model, clock(options.device))
-
-            def language_seconds(section: Section = section) -> float:
-                run()
-                return section.spent
-
-            language = paired(language_seconds)
-            section.remove()
-            whole = paired(lambda: seconds(run, options.device))
+            language, whole = _timed(model, run, method, options)
             dense_flops = count_flops(run), _section_flops(model, run, None)
             with apply(model, method):
                 flops = count_flops(run)
@@ -75,7 +59,23 @@ def main() -> None:
             }
             results.append(row)
             print(slug, budget, row["llm"], row["model"])
-    write("realised_share", options, {"goal": "llm.realised_share >= 0.95", "results": results})
+            write(options.result, options, {"goal": "llm.realised_share >= 0.95", "results": results})
+
+
+def _timed(model: Any, run: Callable[[], Any], method: Method, options: Namespace) -> tuple[Timing, Timing]:
+    """Dense beside the method, of the language model's section and of the whole forward, in the same pairs."""
+    section = Section(model, clock(options.device))
+    spent: list[float] = []
+
+    def once(context: AbstractContextManager[Any]) -> float:
+        with context:
+            whole = seconds(run, options.device)
+        spent.append(section.spent)
+        return whole
+
+    whole = interleave(lambda: once(nullcontext()), lambda: once(apply(model, method)), options.pairs, warmup=2)
+    section.remove()
+    return Timing.of(list(zip(spent[::2], spent[1::2]))[-options.pairs :]), whole
 
 
 def _section_flops(model: Any, run: Callable[[], Any], method: Any) -> float:

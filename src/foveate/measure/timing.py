@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,16 @@ class Timing:
     second_seconds: float
     pairs: int
 
+    @classmethod
+    def of(cls, measured: Sequence[tuple[float, float]]) -> Timing:
+        """From the seconds (first, second) of each pair."""
+        ratios = [second / first for first, second in measured]
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        firsts, seconds_ = zip(*measured)
+        return cls(
+            float(middle), float(low), float(high), float(np.median(firsts)), float(np.median(seconds_)), len(measured)
+        )
+
 
 def seconds(
     run: Callable[[], object], device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter
@@ -35,9 +45,7 @@ def seconds(
     return clock() - start
 
 
-def interleave(
-    first: Callable[[], float], second: Callable[[], float], pairs: int = 10, warmup: int = 1
-) -> Timing:
+def interleave(first: Callable[[], float], second: Callable[[], float], pairs: int = 10, warmup: int = 1) -> Timing:
     """Calls first, second, first, second, …; each returns the seconds of what it measured.
 
     Args:
@@ -51,13 +59,7 @@ def interleave(
     """
     if pairs < 1:
         raise InputError(f"timing needs at least 1 pair, not {pairs}")
-    measured = [(first(), second()) for _ in range(warmup + pairs)][warmup:]
-    ratios = [b / a for a, b in measured]
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    firsts, seconds_ = zip(*measured)
-    return Timing(
-        float(middle), float(low), float(high), float(np.median(firsts)), float(np.median(seconds_)), pairs
-    )
+    return Timing.of([(first(), second()) for _ in range(warmup + pairs)][warmup:])
 
 
 def _synchronize(device: torch.device | str) -> None:
