@@ -287,11 +287,16 @@ class DiffusionHost(Host):
         grid = self._grid(self._call.latents.shape, layer.halvings)
         native = self._grid(self._trained, layer.halvings)
         keys: int | Tensor = text if cross else queries + text
-        image = min(queries, math.prod(grid))
+        if not cross and mask is not None and mask.ndim == 2:
+            keys = (mask != 0).sum(1)
+        image: int | Tensor = math.prod(grid)
         if cross or any(part in layer.name for part in _NOT_OF_PICTURE):
             image = 0
-        elif mask is not None and mask.ndim == 2:
-            keys = (mask != 0).sum(1)
+        elif joint:
+            image = queries
+        elif queries <= image:
+            # Fewer, where tokens were merged or dropped; more, where the text is among them.
+            image = keys
         return {
             "hidden": hidden, "context": context, "cross": cross, "mask": mask, "grid": grid, "image": image,
             "native": math.prod(native), "keys": keys,
@@ -315,8 +320,9 @@ class DiffusionHost(Host):
         logits = query.float() @ key.float().transpose(-1, -2) * layer.module.scale
         return output, (logits if mask is None else logits + mask.unsqueeze(1)).softmax(-1)
 
-    def _at(self, name: str, layer: int, tokens: int, batch: Tensor) -> Stage:
-        return self.stage(name, layer, _Nothing(), torch.full((len(batch),), tokens, device=batch.device))
+    def _at(self, name: str, layer: int, tokens: int | Tensor, batch: Tensor) -> Stage:
+        entered = torch.as_tensor(tokens, device=batch.device).expand(len(batch))
+        return self.stage(name, layer, _Nothing(), entered)
 
     def _grid(self, size: Any, halvings: int) -> tuple[int, int]:
         """(rows, columns) of tokens made of latents (…, h, w)."""

@@ -180,8 +180,8 @@ class DenoiserAttention:
         context: (B, S, D') what keys are made of (cross-attention) or joined by (joint attention); None for others.
         cross: whether no key is of the picture.
         grid: (rows, columns) of the picture's tokens at this depth.
-        image: how many keys are tokens of the picture; 0 where it is none's business: cross-attention, text alone,
-            frames in time.
+        image: how many keys are tokens of the picture, counted like `keys`; the int 0 where none is: cross-attention,
+            the text alone, frames in time.
         native: how many there are at the size that the denoiser was trained with, 0 where its configuration does not
             say; if fewer tokens than the grid's enter the layer, this is still the whole grid's.
         keys: how many keys each query sees, those of the picture among them: an int, or (B,) where some are masked.
@@ -201,7 +201,7 @@ class DenoiserAttention:
     context: Tensor | None
     cross: bool
     grid: tuple[int, int]
-    image: int
+    image: int | Tensor
     native: int
     keys: int | Tensor
     mask: Tensor | None

@@ -32,6 +32,7 @@ FAMILIES = {
     "hf-vision": "vision encoders of transformers",
     "hf-video": "video encoders of transformers",
     "timm": "vision transformers of timm",
+    "diffusers": "pipelines of diffusers",
 }
 """What `Card.hosts` names."""
 
