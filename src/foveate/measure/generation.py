@@ -6,13 +6,14 @@ Pictures are (B, 3, H, W) in 0..1, or uint8; the judge sees them resized to its 
 - `FrechetDistance`: how far the pictures as a whole are from real ones, by torchmetrics on the judge's features;
 - `Reconstruction`: how well a decoded picture keeps the original (PSNR, SSIM, `Perceptual`).
 
-The judge errs, too: real pictures put through the same functions say how often.
+The judge errs, too: real pictures put through the same functions say how often. `generator_scores` asks all that is to
+be asked of a generator of captioned scenes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate import zoo
-from foveate.data.scenes import NAMES
+from foveate.data.scenes import NAMES, CaptionedScenes, caption, stacked
 from foveate.method import InputError
 
 
@@ -81,9 +82,9 @@ class Perceptual(nn.Module):
         return torch.stack([one.square().sum(-1).mean(-1) for one in apart]).mean(0)
 
 
-def named(caption: str) -> tuple[str, ...]:
+def named(text: str) -> tuple[str, ...]:
     """The object names that a caption contains, each once, in its order."""
-    words = caption.replace(",", " ").replace(".", " ").lower().split()
+    words = text.replace(",", " ").replace(".", " ").lower().split()
     return tuple(dict.fromkeys(word for word in words if word in NAMES))
 
 
@@ -103,7 +104,7 @@ def adherence(judge: Judge, pictures: Tensor, captions: Sequence[str], *, batch:
     """
     if not len(pictures) or len(pictures) != len(captions):
         raise InputError(f"there are {len(pictures)} pictures for {len(captions)} captions")
-    wanted = [named(caption) for caption in captions]
+    wanted = [named(one) for one in captions]
     if () in wanted:
         raise InputError(f"{captions[wanted.index(())]!r} names no object; there are {', '.join(NAMES)}")
     ranked = torch.cat([judge.names(some) for some in pictures.split(batch)]).argsort(1, descending=True).tolist()
@@ -153,6 +154,41 @@ class FrechetDistance:
     def _update(self, pictures: Tensor, *, real: bool) -> None:
         for some in pictures.split(self.batch):
             self.metric.update(some, real=real)
+
+
+def generator_scores(
+    draw: Callable[[list[str]], Tensor], *, size: int, count: int = 1000, judge: Judge | None = None
+) -> dict[str, Any]:
+    """How well a generator of captioned scenes does, beside real scenes.
+
+    Args:
+        draw: makes one picture for each of a list of captions: (n, 3, size, size).
+        size: px of a side.
+        count: captions of either kind, and pictures for the distance.
+
+    Returns:
+        `single_objects`: adherence to "a dog" and the like, every name equally often; `captions`: to captions of the
+        test split; `real_single_objects`, `real_captions`: of that split's real pictures; `frechet_distance`: of the
+        pictures of the latter captions to the real ones; `frechet_distance_of_training_scenes`: the same of real
+        pictures on the photographs of training, which is what a perfect generator would have.
+    """
+    judge = judge or Judge()
+    tested, trained = (CaptionedScenes(split, 2**31 - 1, size=size) for split in ("test", "train"))
+    some = [tested[k] for k in range(count)]
+    captions, real = [one.caption for one in some], stacked(one.scene for one in some)
+    single = [k for k, one in enumerate(some) if len(one.names) == 1]
+    names = [caption(NAMES[k % len(NAMES)]) for k in range(count)]
+    drawn, distance = draw(captions), FrechetDistance(judge).real(real)
+    scores: dict[str, Any] = {
+        "single_objects": adherence(judge, draw(names), names),
+        "captions": adherence(judge, drawn, captions),
+        "real_captions": adherence(judge, real, captions),
+        "frechet_distance": distance(drawn),
+        "frechet_distance_of_training_scenes": distance(stacked(trained[k].scene for k in range(count))),
+    }
+    if single:
+        scores["real_single_objects"] = adherence(judge, real[single], [captions[k] for k in single])
+    return scores
 
 
 class Reconstruction:

@@ -36,6 +36,7 @@ from foveate.data.scenes.ground_truth import (
     patch_owner,
     presence,
     region_of,
+    stacked,
 )
 from foveate.data.scenes.held_out import HeldOutQuestion, export_questions, held_out_questions
 from foveate.data.scenes.held_out_clips import HeldOutClipQuestion, held_out_clip_questions
@@ -93,5 +94,6 @@ __all__ = [
     "region_of",
     "sample_clip_layout",
     "sample_layout",
+    "stacked",
     "words",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +137,11 @@ def scene_of(layout: Layout, size: int, split: str, seed: int, index: int) -> Sc
     for placement, mask in zip(layout.placements, masks):
         objects.append(SceneObject(placement.name, CATEGORY_OF[placement.name], _box(mask), mask, int(mask.sum())))
     return Scene(split, seed, index, image, tuple(objects), layout)
+
+
+def stacked(scenes: Iterable[Scene]) -> torch.Tensor:
+    """(n, 3, H, W) uint8: the pictures of scenes of one size."""
+    return torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 class SceneDataset(Dataset[dict[str, torch.Tensor]]):
