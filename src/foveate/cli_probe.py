@@ -28,6 +28,7 @@ from foveate.cli_common import (
     unknown_words,
 )
 from foveate.method import InputError, Method, method_class, share
+from foveate.report.wording import si
 
 if TYPE_CHECKING:
     from foveate.data.samples import Sample
@@ -121,7 +122,7 @@ def _run(
     _write(out, _NAME, facts, result, processor)
     for ending in ("json", "png"):
         (out / f"{_NAME}.partial.{ending}").unlink(missing_ok=True)
-    if words := unknown_words(processor, [sample]):
+    if words := unknown_words(processor.tokenizer, [sample.prompt]):
         print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
     console = make_console()
     console.print(_table(probe, result))
@@ -130,7 +131,7 @@ def _run(
     console.print(
         Text(
             f"{model} with {told}; {probe.iterations} iterations, eps {probe.eps:.4g} ({probe.unit}), at most "
-            f"{probe.max_new_tokens} tokens. Each token costs {_si(result.cost.flops)}FLOPs and "
+            f"{probe.max_new_tokens} tokens. Each token costs {si(result.cost.flops)}FLOPs and "
             f"{result.cost.kv_bytes:,} bytes of cache."
         )
     )
@@ -228,20 +229,12 @@ def _table(probe: VerboseImages, result: Result) -> Table:
             f"{answers.mean:.1f}",
             str(max(answers.lengths)),
             f"{answers.mean / result.clean.mean:.2f}" if result.clean.mean else "–",
-            _si(flops),
+            si(flops),
             f"{answers.mean_tokens * result.cost.kv_bytes:,.0f}",
             f"{answers.seconds:.2f}",
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table
-
-
-def _si(number: float) -> str:
-    """Three digits and an SI prefix, ready for a unit: "3.87 M"."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {prefix}"
-    return f"{number:g} "
 
 
 def _said(processor: Any, ids: Sequence[int]) -> str:

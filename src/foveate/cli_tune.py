@@ -106,7 +106,7 @@ def tune(
         path = out / search.TRIALS
         typer.echo(f"interrupted; {written} more trials are in {path}; the same command goes on from there", err=True)
         raise
-    if words := unknown_words(processor, samples):
+    if words := unknown_words(processor.tokenizer, (one.prompt for one in samples)):
         typer.echo(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", err=True)
     _show(tuned, out / search.TRIALS, out / search.CHOSEN)
     if tuned.chosen is None:

@@ -47,6 +47,11 @@ STAGES = {
     "llm.decode": "the cache of each language-model layer, once, between prefill and decoding",
     "denoiser.call": "every call of a diffusion pipeline's denoiser",
     "denoiser.attention": "every call of an attention layer of the denoiser",
+    "denoiser.patches": (
+        "patch embeddings before the denoiser's blocks, once a step; those dropped keep the keys and values of the last "
+        "step that they took part in, and their output is 0"
+    ),
+    "sampler.step": "every step of the sampler",
 }
 """The places where tokens, or what is computed on them, may change."""
 
@@ -159,6 +164,7 @@ class HostShape:
         joined: how many patches the host joins to one token behind the encoder (InternVL: 4), whatever has become of
             them there: what is merged within the encoder is put back on its patches before.
         slots: time slots of a clip, each with a `grid` of patches; 1 for pictures.
+        text_maps: whether the denoiser has cross-attention to the prompt that `DenoiserAttention.watch` can read.
     """
 
     family: str
@@ -171,6 +177,7 @@ class HostShape:
     class_token: bool = True
     joined: int = 1
     slots: int = 1
+    text_maps: bool = False
 
     @property
     def patches(self) -> int:
@@ -228,7 +235,8 @@ class Stage:
 
     Attributes:
         name: one of `STAGES`.
-        layer: 0-based layer, -1 where the stage has none; the sampler's step at "denoiser.call".
+        layer: 0-based layer, -1 where the stage has none; the sampler's step at "denoiser.call", "denoiser.patches" and
+            "sampler.step".
         host: facts about the host.
         signals: see `Signals`.
         entered: (B,) long, tokens of each sample when they entered this part of the host (encoder, language model).
@@ -261,10 +269,10 @@ _H = TypeVar("_H", bound=Callable[..., Any])
 def at(stage: str) -> Callable[[_H], _H]:
     """Marks a method of a `Method` as the handler of a stage: `(tokens, at) -> Tokens`.
 
-    Others are handed something else at six stages: at "vision.pixels" pixels (B, 3, H, W), returning such; at
-    "llm.attention" an `AttentionCall`, at "llm.mlp" an `MlpCall`, at "denoiser.call" a `DenoiserCall` and at
-    "denoiser.attention" a `DenoiserAttention` (`foveate.nn.calls`), returning the output; at "llm.decode" the tokens
-    that the layer's cache holds, without features, returning those that stay.
+    Others are handed something else at seven stages: at "vision.pixels" pixels (B, 3, H, W), returning such; at
+    "llm.attention" an `AttentionCall`, at "llm.mlp" an `MlpCall`, at "denoiser.call" a `DenoiserCall`, at
+    "denoiser.attention" a `DenoiserAttention` and at "sampler.step" a `SamplerStep` (`foveate.nn.calls`), returning the
+    output; at "llm.decode" the tokens that the layer's cache holds, without features, returning those that stay.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")

@@ -15,6 +15,8 @@ from tiny_diffusion import PIPELINES, denoiser, noise, pipeline, sample
 METHODS = {slug: cls for slug, cls in registry().items() if "diffusers" in cls.card.hosts}
 OTHER_SIZE = {"height": 16, "width": 8}
 """Twice as high as the models were trained for."""
+SETTINGS: dict[str, dict[str, Any]] = {"a-star": {"words": (1, 2)}}
+"""What methods have to be told where the prompt is an embedding."""
 per_method = pytest.mark.parametrize("slug", METHODS)
 
 
@@ -23,7 +25,7 @@ def hosts(slug: str, settings: dict[str, Any] | None = None) -> Iterator[tuple[s
     for name in PIPELINES:
         if name == "dit":
             continue
-        pipe, made = pipeline(name), METHODS[slug](**settings or {})
+        pipe, made = pipeline(name), METHODS[slug](**settings or SETTINGS.get(slug, {}))
         try:
             foveate.apply(pipe, made).remove()
         except InputError:

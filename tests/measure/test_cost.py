@@ -45,6 +45,17 @@ def test_fused_attention_counts(device: str, causal: bool) -> None:
     assert flops == 2 * 2 * 4 * 10 * 10 * 8 * 2
 
 
+def test_attention_backward_is_counted() -> None:
+    query = torch.ones(2, 3, 5, 8, requires_grad=True)
+    key = torch.ones(2, 3, 7, 8)
+
+    def run() -> None:
+        F.scaled_dot_product_attention(query, key, key).sum().backward()
+
+    # Two products forward; backward the scores anew, and what reaches probabilities, queries, keys and values.
+    assert count_flops(run) == (2 + 5) * 2 * 2 * 3 * 5 * 7 * 8
+
+
 def _prefill_flops(visual: int, text: int, crop: int = 36) -> int:
     """Closed form for `stand_in.tiny`: patches, tower, projector, language model, one row of the head."""
 

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.hosts.denoiser_patches import DenoiserPatches, supported
 from foveate.hosts.host import Host, by_name
 from foveate.hosts.signals import NoSignals
 from foveate.method import HostShape, InputError, Stage
-from foveate.nn.calls import DenoiserAttention, DenoiserCall
+from foveate.nn.calls import DenoiserAttention, DenoiserCall, SamplerStep
+from foveate.tokens import Tokens, predecessors
 
 _CONDITIONAL_FIRST = ("DiTTransformer2DModel", "LuminaNextDiT2DModel")
 """Denoisers whose pipelines put the conditional half of a guided batch first."""
@@ -72,7 +74,8 @@ class _Layer:
 
 
 class DiffusionHost(Host):
-    """A pipeline of diffusers. Stages: "denoiser.call" and "denoiser.attention", see `foveate.nn.calls`."""
+    """A pipeline of diffusers. Stages: "denoiser.call", "denoiser.attention" and "sampler.step", see
+    `foveate.nn.calls`, and where the denoiser allows it "denoiser.patches", see `DenoiserPatches`."""
 
     def __init__(self, pipeline: Any) -> None:
         denoiser = getattr(pipeline, "unet", None)
@@ -97,9 +100,12 @@ class DiffusionHost(Host):
         self._unscaled: tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None = None
         self._replacement: Tensor | None = None
         self._prompts: tuple[str, ...] = ()
+        self._patches: DenoiserPatches | None = None
+        stages = ("denoiser.call", "denoiser.attention", "sampler.step")
+        stages += ("denoiser.patches",) if supported(denoiser) else ()
         self.shape = HostShape(
-            "diffusers", ("denoiser.call", "denoiser.attention"), vision_layers=0, feature_layer=-1, prefix=0,
-            grid=self._grid(self._trained, 0), class_token=False,
+            "diffusers", stages, vision_layers=0, feature_layer=-1, prefix=0,
+            grid=self._grid(self._trained, 0), class_token=False, text_maps=any(map(_reads_text, denoiser.modules())),
         )  # fmt: skip
 
     def hook(self) -> None:
@@ -116,6 +122,8 @@ class DiffusionHost(Host):
         if hasattr(self.model, "encode_prompt"):
             own = self.model.encode_prompt
             self.replace(self.model, "encode_prompt", functools.wraps(own)(functools.partial(self._encode, own)))
+        if "denoiser.patches" in self.plan:
+            self._patches = DenoiserPatches(self, self._denoiser, self._choose)
         if "denoiser.attention" in self.plan:
             for name, module in self._denoiser.named_modules():
                 if hasattr(module, "to_q") and hasattr(module, "set_processor"):
@@ -137,6 +145,9 @@ class DiffusionHost(Host):
         self._done = self._number = 0
         self._unscaled = self._replacement = None
         self.memory.clear()
+        self.trace.clear()
+        if self._patches is not None:
+            self._patches.forget()
         return own(*args, **kwargs)
 
     def _scale(self, own: Callable[..., Any], sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -148,6 +159,14 @@ class DiffusionHost(Host):
         if (sample := self._replacement) is not None:
             # DiT's pipeline lets the sampler step both halves of a guided batch.
             bound.arguments["sample"] = torch.cat([sample] * (len(bound.arguments["sample"]) // len(sample)))
+        if "sampler.step" in self.plan:
+            output: Tensor = bound.arguments["model_output"]
+            step = SamplerStep(
+                output, bound.arguments["sample"], self._began + self._done, len(self._scheduler.timesteps),
+                self._began, self._patch, self._scheduler,
+            )  # fmt: skip
+            tokens = math.prod(self._grid(output.shape, 0))
+            bound.arguments["model_output"] = self.call(self._at("sampler.step", step.step, tokens, output), step)
         self._unscaled = self._replacement = None
         self._done, self._number = self._done + 1, 0
         return own(*bound.args, **bound.kwargs)
@@ -171,6 +190,9 @@ class DiffusionHost(Host):
         latents = arguments.pop(self._latents)
         call = self._called(latents, arguments.pop("timestep", None), arguments)
         before, self._call = self._call, call
+        if self._patches is not None:
+            # Later calls of a step are of other rows: Stable Diffusion 3's with skipped layers.
+            self._patches.watching = call.number == 0
         try:
             if "denoiser.call" in self.plan:
                 tokens = math.prod(self._grid(latents.shape, 0))
@@ -237,6 +259,17 @@ class DiffusionHost(Host):
         if not guiding or len(latents) % 2 or not torch.equal(latents[:half], latents[half:]):
             return False, slice(None)
         return True, slice(0, half) if name in _CONDITIONAL_FIRST else slice(half, None)
+
+    def _choose(self, x: Tensor) -> Tensor | None:
+        """(B, A) the tokens of (B, N, D) that the method at "denoiser.patches" keeps, None for all."""
+        call = self._call
+        if call is None:
+            return None
+        if call.arguments.get("block_controlnet_hidden_states") is not None:
+            raise InputError("a ControlNet adds to all tokens of a denoiser: none can be left out")
+        tokens = Tokens.from_grid(x, self._grid(call.latents.shape, 0))
+        kept = self.run(self._at("denoiser.patches", call.step, x.shape[1], x), tokens)
+        return None if kept is tokens else predecessors(tokens, kept)
 
     # -- its attention
 
@@ -335,6 +368,13 @@ class DiffusionHost(Host):
 
 class _Nothing(NoSignals):
     where = "a diffusion pipeline"
+
+
+def _reads_text(module: Any) -> bool:
+    """Whether a module is cross-attention to the prompt without rotated positions."""
+    if not getattr(module, "is_cross_attention", False):
+        return False
+    return not any("rotary" in name for name in inspect.signature(module.processor.__call__).parameters)
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:

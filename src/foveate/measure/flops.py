@@ -16,6 +16,13 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     return int(2 * batch * heads * rows * columns * (width + out))
 
 
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Five matrix products: the probabilities anew, and the gradients of these, of query, key and value."""
+    batch, heads, rows, width = query
+    columns, out = key[2], value[3]
+    return int(2 * batch * heads * rows * columns * (3 * width + 2 * out))
+
+
 def _sampled_flops(wanted: Any, rows: Any, columns: Any, *args: Any, **kwargs: Any) -> int:
     """Of a product (R, D) x (D, S), the entries that a sparse matrix has."""
     return int(2 * wanted.values().numel() * rows.shape[-1])
@@ -36,6 +43,7 @@ _bag_flops._get_raw = True  # type: ignore[attr-defined]
 # Out of the box the counter knows the CUDA kernels only: on a CPU it would leave attention out without a word.
 _KERNELS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten.sparse_sampled_addmm: _sampled_flops,
     torch.ops.aten._embedding_bag: _bag_flops,
     torch.ops.aten._embedding_bag_forward_only: _bag_flops,

@@ -127,3 +127,11 @@ def size(count: float | None) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def si(count: float) -> str:
+    """Three digits and an SI prefix, ready for a unit: "3.87 M"."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {prefix}"
+    return f"{count:g} "
