@@ -1,4 +1,4 @@
-"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe`, `tune`, `detect` (cli_*.py).
+"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe`, `tune`, `detect`, `generate` (cli_*.py).
 
 Whatever the user gave and cannot be used ends with one line on stderr and exit code 2; an interruption with 130. Any
 other exception is a bug and keeps its traceback. What is slow to import is imported by the command that needs it.
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate import cli_detect, cli_probe, cli_tune
+from foveate import cli_detect, cli_generate, cli_probe, cli_tune
 from foveate.cli_common import (
     DEFAULT_FRAMES,
     DeviceOption,
@@ -74,6 +74,7 @@ app = typer.Typer(
 app.add_typer(cli_probe.app, name="probe")
 app.command()(cli_tune.tune)
 app.command()(cli_detect.detect)
+app.command()(cli_generate.generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -247,7 +248,7 @@ def _run_comparison(
     for sample in samples:
         if broken := sum(one.broken for one in sample.videos):
             print(f"note: {sample.id}: broken frames left out of its clip: {broken}", file=sys.stderr)
-    if words := unknown_words(processor, samples):
+    if words := unknown_words(processor.tokenizer, (one.prompt for one in samples)):
         print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
     console.print(comparison_table(comparison))
     console.print()

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +59,11 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+
+
+def printable(message: str) -> str:
+    """The message in one line, without control characters."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(message.split()))
 
 
 def at_least(option: str, value: int | None, least: int) -> None:
@@ -212,11 +217,10 @@ def read_samples(
     return list(from_scenes("test", questions or DEFAULT_QUESTIONS, seed))
 
 
-def unknown_words(processor: Any, samples: Sequence[Sample], most: int = 5) -> list[str]:
+def unknown_words(tokenizer: Any, prompts: Iterable[str], most: int = 5) -> list[str]:
     """Up to `most` words of the prompts that a model with whole words for tokens does not know."""
-    tokenizer = processor.tokenizer
     if tokenizer.unk_token_id is None:
         return []
-    words = dict.fromkeys(word for sample in samples for word in sample.prompt.split())
+    words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
     unknown = (w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"])
     return [repr(word[:40]) for word in itertools.islice(unknown, most)]
