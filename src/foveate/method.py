@@ -48,8 +48,8 @@ STAGES = {
     "denoiser.call": "every call of a diffusion pipeline's denoiser",
     "denoiser.attention": "every call of an attention layer of the denoiser",
     "denoiser.patches": (
-        "patch embeddings before the denoiser's blocks, once a step; those dropped keep the keys and values of the last "
-        "step that they took part in, and their output is 0"
+        "patch embeddings before the denoiser's blocks, once a step; those dropped keep the keys and values of the "
+        "last step that they took part in, and their output is 0"
     ),
     "sampler.step": "every step of the sampler",
 }

@@ -1,5 +1,5 @@
 """What stages hand to a method where it may change, replace or let through a call: "llm.attention", "llm.mlp",
-"denoiser.call", "denoiser.attention"."""
+"denoiser.call", "denoiser.attention", "sampler.step"."""
 
 from __future__ import annotations
 
@@ -209,3 +209,25 @@ class DenoiserAttention:
     call: DenoiserCall
     function: Callable[..., Any]
     watch: Callable[[], tuple[Any, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerStep:
+    """One step of a pipeline's sampler. A handler returns the output (n, C, h, w) that the sampler takes.
+
+    Attributes:
+        output: (n, C, h, w) what the denoiser said, after guidance and without learned variance: noise or velocity.
+            DiT's pipeline steps both halves of a guided batch.
+        sample: (n, C, h, w) the latents that it was said of.
+        step, steps, begin: as of `DenoiserCall`.
+        patch: pixels of the latents along a side of the denoiser's tokens, 1 for UNets.
+        scheduler: the sampler.
+    """
+
+    output: Tensor
+    sample: Tensor
+    step: int
+    steps: int
+    begin: int
+    patch: int
+    scheduler: Any
