@@ -111,17 +111,11 @@ class DiffusionHost(Host):
     def hook(self) -> None:
         if not self.plan:
             return
-        self.replace(self._denoiser, "forward", self._denoise)
-        for name, function in (
-            ("set_timesteps", self._set_timesteps), ("scale_model_input", self._scale), ("step", self._step)
-        ):  # fmt: skip
-            if hasattr(self._scheduler, name):
-                own = getattr(self._scheduler, name)
-                # Pipelines look at the signatures of these.
-                self.replace(self._scheduler, name, functools.wraps(own)(functools.partial(function, own)))
-        if hasattr(self.model, "encode_prompt"):
-            own = self.model.encode_prompt
-            self.replace(self.model, "encode_prompt", functools.wraps(own)(functools.partial(self._encode, own)))
+        self.replace(self._denoiser, "forward", functools.wraps(self._forward)(functools.partial(self._denoise)))
+        self._wrap(self._scheduler, "set_timesteps", self._set_timesteps)
+        self._wrap(self._scheduler, "scale_model_input", self._scale)
+        self._wrap(self._scheduler, "step", self._step)
+        self._wrap(self.model, "encode_prompt", self._encode)
         if "denoiser.patches" in self.plan:
             self._patches = DenoiserPatches(self, self._denoiser, self._choose)
         if "denoiser.attention" in self.plan:
@@ -131,6 +125,11 @@ class DiffusionHost(Host):
                     self.replace(module, "forward", functools.partial(self._attend, layer))
                     for projected, part in layer.projections():
                         self.post(part, functools.partial(layer.passing, projected))
+
+    def _wrap(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Calls of `owner.<name>`, if there is such, go to `function(own, …)`, with the signature that pipelines see."""
+        if (own := getattr(owner, name, None)) is not None:
+            self.replace(owner, name, functools.wraps(own)(functools.partial(function, own)))
 
     # -- the prompt
 
@@ -354,8 +353,9 @@ class DiffusionHost(Host):
         return output, (logits if mask is None else logits + mask.unsqueeze(1)).softmax(-1)
 
     def _at(self, name: str, layer: int, tokens: int | Tensor, batch: Tensor) -> Stage:
-        entered = torch.as_tensor(tokens, device=batch.device).expand(len(batch))
-        return self.stage(name, layer, _Nothing(), entered)
+        if isinstance(tokens, int):
+            tokens = torch.full((len(batch),), tokens, device=batch.device)
+        return self.stage(name, layer, _Nothing(), tokens)
 
     def _grid(self, size: Any, halvings: int) -> tuple[int, int]:
         """(rows, columns) of tokens made of latents (…, h, w)."""
