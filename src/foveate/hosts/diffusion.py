@@ -127,7 +127,7 @@ class DiffusionHost(Host):
                         self.post(part, functools.partial(layer.passing, projected))
 
     def _wrap(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        """Calls of `owner.<name>`, if there is such, go to `function(own, …)`, with the signature that pipelines see."""
+        """Calls of `owner.<name>`, if there is such, go to `function(own, …)`, under its signature."""
         if (own := getattr(owner, name, None)) is not None:
             self.replace(owner, name, functools.wraps(own)(functools.partial(function, own)))
 
