@@ -144,6 +144,19 @@ def write(name: str, options: argparse.Namespace, results: dict[str, Any]) -> No
     )
 
 
+def earlier(name: str, options: argparse.Namespace, apart: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What an earlier run with the same options (but those in `apart`) and versions on such a machine has written."""
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    now = environment(getattr(options, "device", "cpu"), seed=options.seed)
+    same = all(found["environment"][one] == now[one] for one in ("versions", "machine"))
+    for key, value in vars(options).items():
+        same &= key in apart or found["options"].get(key) == portable(value)
+    return found if same else {}
+
+
 def portable(value: Any) -> Any:
     """Paths of one machine become relative to the repository, or a bare name outside of it; the rest stays."""
     if isinstance(value, str | Path) and Path(value).is_absolute():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava_shaped import RESULTS, portable, write, write_bytes
+from llava_shaped import earlier, write, write_bytes
 from matplotlib.figure import Figure
 
 from foveate.data.samples import from_scene_clips, from_scenes
@@ -88,15 +88,8 @@ def main() -> None:
 
 def _earlier(options: argparse.Namespace) -> dict[tuple[str, float], Row]:
     """The rows of an earlier run with the same options and versions: it goes on where that ended."""
-    file = RESULTS / f"{options.result}.json"
-    if not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    same = ("model", "count", "clips", "batch_size", "pairs", "threads", "seed")
-    now = environment("cpu", torch.float32, options.seed)
-    if any(found["options"].get(name, 0) != portable(getattr(options, name)) for name in same):
-        return {}
-    if any(found["environment"][name] != now[name] for name in ("versions", "machine")):
+    found = earlier(options.result, options, apart=("budgets", "methods", "figure", "result"))
+    if not found:
         return {}
     return {(row.method, row.budget): row for row in (Row(**one) for one in found["comparison"]["rows"])}
 

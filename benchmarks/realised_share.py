@@ -7,7 +7,7 @@ FLOPs are counted on both sides alike: matrix products, convolutions and attenti
 scoring included; softmax, norms, sorting and copying take time and count nothing. Causal attention counts as the full
 square on both sides, although the kernel skips half of it: the FLOPs that shorter attention saves are thus rather over-
 than underrated, which makes the goal harder. One thread measures best: what is left besides matrix products then weighs
-what it costs.
+what it costs. Rows that an earlier run with the same options has measured are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from llava_shaped import Section, arguments, build, clock, prefill, write
+from llava_shaped import Section, arguments, build, clock, earlier, prefill, write
 
 from foveate.apply import apply
 from foveate.hosts import adapt
@@ -42,9 +42,11 @@ def main() -> None:
             "dense_seconds": timing.first_seconds, "realised_share": (1 - timing.ratio) / (1 - ratio),
         }  # fmt: skip
 
-    results = []
+    results = earlier(options.result, options, apart=("budgets", "methods")).get("results", [])
     for slug in options.methods:
         for budget in options.budgets:
+            if any((row["method"], row["budget"]) == (slug, budget) for row in results):
+                continue
             method = method_class(slug).for_budget(budget, shape)
             language, whole = _timed(model, run, method, options)
             dense_flops = count_flops(run), _section_flops(model, run, None)
