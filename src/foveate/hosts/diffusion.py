@@ -168,6 +168,8 @@ class DiffusionHost(Host):
             bound.arguments["model_output"] = self.call(self._at("sampler.step", step.step, tokens, output), step)
         self._unscaled = self._replacement = None
         self._done, self._number = self._done + 1, 0
+        if self._patches is not None and self._began + self._done == len(self._scheduler.timesteps):
+            self._patches.forget()
         return own(*bound.args, **bound.kwargs)
 
     def _begin(self, timestep: Any) -> int:
