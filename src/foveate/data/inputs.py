@@ -67,6 +67,11 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: the picture is damaged or truncated ({one_line(error)})") from None
 
 
+def picture_suffixes() -> frozenset[str]:
+    """Endings of the names of files that `read_image` takes, in lower case: ".jpg", ".png", …"""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS)
+
+
 def read_jsonl(path: str | Path, frames: int = 8) -> list[Sample]:
     """Questions about pictures and clips, one JSON object a line; blank lines are skipped.
 

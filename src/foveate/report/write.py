@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,15 +75,9 @@ class Growing:
 
 
 def _temporary(path: Path) -> Path:
-    """A new, empty file beside `path`."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    # mkstemp's files are private; results get the permissions that the user's umask says.
-    mask = os.umask(0)
-    os.umask(mask)
-    try:
-        os.chmod(name, 0o666 & ~mask)
-    except OSError:
-        os.unlink(name)
-        raise
-    return Path(name)
+    """A new, empty file beside `path`, with the permissions that the user's umask says; several threads may ask."""
+    while True:
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            return temporary
