@@ -143,6 +143,17 @@ def take_backbone(own: Any, model: nn.Module) -> list[str]:
     return take_weights(own, state)
 
 
+def embed(host: Any, pictures: Tensor) -> Tensor:
+    """(B, prefix + N, C) of pictures (B, 3, H, W): what enters the first block of a timm VisionTransformer."""
+    return enter(host, host.patch_embed(pictures))
+
+
+def enter(host: Any, patches: Tensor) -> Tensor:
+    """The same of what its patch embedding makes."""
+    x: Tensor = host.norm_pre(host.patch_drop(host._pos_embed(patches)))
+    return x
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention of one set to another, with the weights of timm's self-attention
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
-from foveate.nn.vit import add_branches, project, project_out, take_backbone, vision_transformer
+from foveate.nn.vit import add_branches, embed, project, project_out, take_backbone, vision_transformer
 from foveate.tokens import take
 
 _BASE = {"backbone": "vit_base_patch16_224", "exits": (6, 8, 12), "width": 384, "heads": 6}
@@ -193,8 +193,7 @@ class Dtop(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         host = self.backbone
         if (side := tuple(pictures.shape[2:])) != tuple(host.patch_embed.img_size):
             raise InputError(f"pictures must be {host.patch_embed.img_size} px, not {side}; larger ones: `slide`")
-        x: Tensor = host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(pictures))))
-        return x
+        return embed(host, pictures)
 
     def stages(self, pictures: Tensor) -> Segmented:
         """All stages: what every head says, and who finished where."""

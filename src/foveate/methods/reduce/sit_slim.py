@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.method import Card, Claim, InputError, Published, choice, configured, register, share, whole, within
-from foveate.nn.vit import LV_VIT, take_weights, vision_transformer
+from foveate.nn.vit import LV_VIT, embed, take_weights, vision_transformer
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sit-t": {
@@ -208,7 +208,7 @@ class SitSlim(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"
     def layers(self, pictures: Tensor) -> list[Tensor]:
         """The tokens (B, prefix + N_i, C) after every block, and after the slimming where a stage ends."""
         host = self.backbone
-        x = host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(pictures))))
+        x = embed(host, pictures)
         prefix, found = host.num_prefix_tokens, []
         for number, block in enumerate(host.blocks):
             x = block(x)
@@ -362,7 +362,7 @@ class FeatureRecalibration(nn.Module):
         """The teacher's patch tokens after every block, and its logits."""
         teacher: Any = self.teacher
         host = teacher.backbone if isinstance(teacher, SitSlim) else teacher
-        x = host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(pictures))))
+        x = embed(host, pictures)
         found = []
         for block in host.blocks:
             x = block(x)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foveate.method import Card, Claim, InputError, Published, choice, configured, register, share, whole, within
 from foveate.nn.sparse_attention import PRODUCTS, largest, places, ragged_places, sparse_attention, weighted_rows
-from foveate.nn.vit import add_branches, project, project_out, take_weights, vision_transformer
+from foveate.nn.vit import add_branches, embed, project, project_out, take_weights, vision_transformer
 from foveate.tokens import take
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -214,8 +214,7 @@ class Sparsifiner(Published, nn.Module, PyTorchModelHubMixin, library_name="fove
                 f"pictures must be {host.patch_embed.img_size} px, not {side}: the predictors have a row of weights "
                 f"for each of the {self.count} tokens"
             )
-        x: Tensor = host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(pictures))))
-        return x
+        return embed(host, pictures)
 
     def _run(self, pictures: Tensor, record: list[Looked] | None = None) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left, (B, K, C), with the final norm, and the places (B, K) of each, None for all."""
@@ -229,9 +228,7 @@ class Sparsifiner(Published, nn.Module, PyTorchModelHubMixin, library_name="fove
                 out = F.scaled_dot_product_attention(query, key, value, scale=scale)
             else:
                 few = sparse_attention(rows, key, value, index, valid, scale, self.product)
-                out = torch.cat(
-                    [F.scaled_dot_product_attention(query[:, :, :prefix], key, value, scale=scale), few], 2
-                )
+                out = torch.cat([F.scaled_dot_product_attention(query[:, :, :prefix], key, value, scale=scale), few], 2)
             if record is not None:
                 record.append(_look(query, key, index, valid, scale, prefix, where))
             x = add_branches(block, x, project_out(block.attn, out))

@@ -27,6 +27,7 @@ from foveate.nn.vit import (
     add_branches,
     attend,
     attention_weights,
+    enter,
     keys_values,
     need_timm,
     queries,
@@ -245,7 +246,7 @@ class STViT(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         x = host.patch_embed(pictures)
         # With dynamic_img_size it is a map.
         grid = (x.shape[1], x.shape[2]) if x.ndim == 4 else host.patch_embed.grid_size
-        x = host.norm_pre(host.patch_drop(host._pos_embed(x)))
+        x = enter(host, x)
         found: tuple[Tensor, tuple[int, int]] = self.semantic(host.blocks, x, grid, record=record)
         return found
 
