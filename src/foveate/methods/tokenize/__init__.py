@@ -1,0 +1,1 @@
+"""Tokenizers: pictures to a few ids of a codebook, and back."""
