@@ -92,10 +92,9 @@ class LogitDistance(nn.Module):
         return self
 
     def forward(self, made: Tensor, real: Tensor) -> Tensor:
-        ours, wanted = (
-            self.network(
-                (F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True) - self.mean) / self.std
-            )
-            for x in (made, real)
-        )
-        return F.mse_loss(ours, wanted)
+        return F.mse_loss(self._logits(made), self._logits(real))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        logits: Tensor = self.network((x - self.mean) / self.std)
+        return logits

@@ -66,7 +66,7 @@ class VectorQuantizer(nn.Module):
 
 
 class VqganEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, channels, H / 2^(levels - 1), W / 2^(levels - 1)); level k is `multipliers[k] * width` wide."""
+    """(B, 3, H, W) -> (B, channels, H / 2^(levels - 1), W / 2^(levels - 1)); levels are `multipliers * width` wide."""
 
     def __init__(self, width: int, multipliers: Sequence[int], channels: int) -> None:
         super().__init__()
@@ -164,9 +164,7 @@ class Vqgan(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def decode(self, codes: Codes) -> Tensor:
         """(B, 3, H, W) in [0, 1]."""
         if len(codes.grid) != 2 or codes.codebook_size != self.quantizer.embedding.num_embeddings:
-            raise InputError(
-                f"these are no codes of this tokenizer: a grid of {codes.grid}, {codes.codebook_size} codes"
-            )
+            raise InputError(f"these are no codes of this VQGAN: a grid of {codes.grid}, {codes.codebook_size} codes")
         z = self.quantizer.look_up(codes.ids.unflatten(1, codes.grid))
         pixels: Tensor = self.decoder(z.permute(0, 3, 1, 2))
         return pixels.clamp(0, 1)
