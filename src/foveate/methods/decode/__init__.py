@@ -1,0 +1,1 @@
+"""Decoding of autoregressive and masked generators in fewer passes of the model."""
