@@ -27,7 +27,7 @@ def test_captions_are_true() -> None:
         outside = ~np.logical_or.reduce([thing.mask for thing in scene.objects])
         if ground in GROUNDS:
             usual = np.median(scene.image[outside], axis=0)
-            assert min(GROUNDS, key=lambda g: float(np.abs(usual - np.array(GROUNDS[g])).sum())) == ground
+            assert min(GROUNDS, key=lambda g: float(np.abs(usual - GROUNDS[g]).sum())) == ground
         else:
             assert ground in PHOTOGRAPHS["test"]
         if "on" in said:

@@ -52,7 +52,7 @@ def load_folder(folder: str | Path) -> Any:
         return need_diffusers().DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "_class_name" in config:
-        return need_diffusers().AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        return need_diffusers().AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
     if "model_type" in config:
         from transformers import AutoModelForImageTextToText
 
@@ -65,6 +65,17 @@ def load_folder(folder: str | Path) -> Any:
     model = build_vit({key: value for key, value in config.items() if key != "name"})
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
+
+
+def read_json(folder: str | Path, name: str, what: str) -> Any:
+    """What the folder's file of that name says. InputError where it cannot be read; `what` says whose folder it is."""
+    try:
+        return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no model here; a {what}'s folder has a {name}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no JSON"
+        raise InputError(f"{folder}/{name}: cannot be read ({reason})") from None
 
 
 def build_vit(config: dict[str, int]) -> Any:

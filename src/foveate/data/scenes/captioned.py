@@ -30,7 +30,7 @@ class CaptionedScene:
 class CaptionedScenes:
     """A sequence of captioned scenes addressed by index; an item depends on (split, seed, index, size) only.
 
-    Captions: "a dog", "a dog and an apple", with " at the top left" for the place of a single object, with " on blue"
+    Captions: "a dog", "a dog and an apple", with " at the top left" for the place of a single object, with " on gray"
     for a plain ground. A caption need not say all that is known.
 
     Args:
@@ -71,7 +71,7 @@ class CaptionedScenes:
 
 
 def caption(*names: str, place: str = "", ground: str = "") -> str:
-    """E.g. "a dog and an apple", "a dog at the top left on blue"."""
+    """E.g. "a dog and an apple", "a dog at the top left on gray"."""
     things = " and ".join(f"{article(name)} {name}" for name in names)
     return things + (f" at the {place}" if place else "") + (f" on {ground}" if ground else "")
 
