@@ -164,10 +164,10 @@ class Ras(Method):
         """(n, N) bool: which `low` + `high` tokens are left out, by their metric and drops (n, N)."""
         # The order of R, which could overflow.
         size, factor = metric.clamp(min=torch.finfo(metric.dtype).tiny).log(), self.starvation * drops
-        lowest = (size + factor).sort(1, stable=True).indices[:, :low]
+        lowest = (size + factor).sort(dim=1, stable=True).indices[:, :low]
         skipped = torch.zeros_like(drops, dtype=torch.bool).scatter(1, lowest, True)
         rank = size - factor if self.top == "relieved" else size + factor
-        highest = rank.masked_fill(skipped, -torch.inf).sort(1, descending=True, stable=True).indices[:, :high]
+        highest = rank.masked_fill(skipped, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :high]
         return skipped.scatter(1, highest, True)
 
     @at("denoiser.patches")
