@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -22,14 +23,18 @@ def pipeline(name: str = "sd", scheduler: Any = None, seed: int = 0, **config: A
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4,), norm_num_groups=1, latent_channels=channels, layers_per_block=1
     )
-    sampler = (scheduler or DEFAULT[name])()
+    cls = scheduler or DEFAULT[name]
+    # Pipelines correct the configurations of older schedulers, with a warning.
+    config_of_old = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
+    sampler = cls(**{key: value for key, value in config_of_old.items() if key in inspect.signature(cls).parameters})
     torch.manual_seed(seed)
     denoiser = _denoiser(name, config)
     # Some classes begin with zeros or with what was in memory; and attention has to be peaked to tell anything.
     with torch.no_grad():
         for key, weight in denoiser.named_parameters():
             if weight.ndim > 1:
-                weight.copy_(torch.randn(weight.shape) * 1.5 / weight[0].numel() ** 0.5)
+                gain = 2.0 if any(part in key for part in ("to_q", "to_k", "add_q_proj", "add_k_proj")) else 0.8
+                weight.copy_(torch.randn(weight.shape) * gain / weight[0].numel() ** 0.5)
             else:
                 weight.copy_(torch.randn(weight.shape) * 0.1 + float(key.endswith(("weight", "gate"))))
     parts: dict[str, Any] = {"vae": vae, "scheduler": sampler}
@@ -43,8 +48,8 @@ def pipeline(name: str = "sd", scheduler: Any = None, seed: int = 0, **config: A
     elif name == "dit":
         made = diffusers.DiTPipeline(transformer=denoiser, **parts)
     else:
-        cls = {"pixart": diffusers.PixArtAlphaPipeline, "lumina": diffusers.LuminaPipeline}
-        made = cls.get(name, diffusers.Lumina2Pipeline)(
+        classes = {"pixart": diffusers.PixArtAlphaPipeline, "lumina": diffusers.LuminaPipeline}
+        made = classes.get(name, diffusers.Lumina2Pipeline)(
             transformer=denoiser, text_encoder=None, tokenizer=None, **parts
         )  # fmt: skip
     made.set_progress_bar_config(disable=True)

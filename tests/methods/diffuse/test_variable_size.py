@@ -83,10 +83,11 @@ def test_the_size_of_the_training_changes_no_bit(name: str) -> None:
 def test_every_layer_of_a_unet_has_its_own_factor(height: int, width: int, guidance: float) -> None:
     """The reference sets `Attention.scale` of each level, which the processor that is not fused reads."""
     pipe = pipeline("sd")
-    dense = sample("sd", pipe, height=height, width=width, guidance=guidance)
+    settings: dict[str, Any] = {"height": height, "width": width, "guidance": guidance}
+    dense = sample("sd", pipe, **settings)
     with foveate.apply(pipe, "variable-size"):
-        ours = sample("sd", pipe, height=height, width=width, guidance=guidance)
-    assert not torch.allclose(ours, dense, rtol=1e-3, atol=1e-3)
+        ours = sample("sd", pipe, **settings)
+    assert not torch.allclose(ours, dense, rtol=1e-2, atol=1e-2)
     pipe.unet.set_attn_processor(AttnProcessor())
     outer = math.sqrt(math.log(height * width) / math.log(64))
     inner = math.sqrt(math.log(height * width // 4) / math.log(16))
@@ -94,9 +95,7 @@ def test_every_layer_of_a_unet_has_its_own_factor(height: int, width: int, guida
     for name, module in pipe.unet.named_modules():
         if isinstance(module, Attention) and name.endswith("attn1"):
             module.scale *= outer if name.startswith(("down_blocks.0", "up_blocks.1")) else inner
-    torch.testing.assert_close(
-        ours, sample("sd", pipe, height=height, width=width, guidance=guidance), rtol=1e-4, atol=1e-4
-    )  # fmt: skip
+    torch.testing.assert_close(ours, sample("sd", pipe, **settings), rtol=1e-3, atol=1e-3)
 
 
 class Noting(VariableSize):
