@@ -123,6 +123,11 @@ class OneDPiece(TiTok, library_name="foveate"):
         """An untrained tokenizer by its name in `CONFIGURATIONS`, with changes; InputError for an unknown name."""
         return cls(**configured(name, CONFIGURATIONS, changes))
 
+    @classmethod
+    def _from_pretrained(cls, *, method: str = "", **options: Any) -> Self:
+        # Whatever is in `config.json` comes here, as the constructor takes any setting.
+        return super()._from_pretrained(**options)
+
     def kept(self, z: Tensor) -> Tensor:
         """The latents (B, e, C) that are decoded in training; all K in evaluation."""
         if not (self.training and self.tail_drop):

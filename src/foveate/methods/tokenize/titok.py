@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -204,7 +205,7 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         super().__init__()
         if whole("image", image, 1) % whole("patch", patch, 1):
             raise InputError(f"image must be a multiple of patch, not {image} with {patch}")
-        self.image, self.patch, self.tokens = image, patch, whole("latents", latents, 1)
+        self.image_size, self.patch, self.tokens = image, patch, whole("latents", latents, 1)
         self.codes, self.channels = whole("codes", codes, 2), whole("channels", channels, 1)
         for name, value in (("normalised", normalised), ("legacy_layout", legacy_layout)):
             if not isinstance(value, bool):
@@ -234,14 +235,22 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of pictures in px."""
-        return self.image, self.image
+        return self.image_size, self.image_size
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """As huggingface_hub's; `config.json` says by which method the tokenizer is, too."""
+        given: Any = self._hub_mixin_config
+        config = {**given, "method": self.card.slug}
+        return super().save_pretrained(save_directory, config=config, **options)
 
     # -- pictures to latents
 
     def latents_of(self, pixels: Tensor) -> Latents:
         """What is kept of pictures (B, 3, H, W) in [0, 1]: all K latents, whatever `kept` would leave."""
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.size) or not pixels.is_floating_point():
-            wanted = f"(B, 3, {self.image}, {self.image}) numbers in 0..1; resize them to {self.image} px"
+            wanted = (
+                f"(B, 3, {self.image_size}, {self.image_size}) numbers in 0..1; resize them to {self.image_size} px"
+            )
             raise InputError(f"pictures must be {wanted}, not {tuple(pixels.shape)} {pixels.dtype}")
         z = self.encoder(pixels, self.latents)
         if self.quantizer is not None:
@@ -296,7 +305,7 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
             return made
         assert self.pixel_decoder is not None
         soft = made.softmax(-1) @ self.pixel_codebook.weight
-        side = self.image // self.patch
+        side = self.image_size // self.patch
         pixels: Tensor = self.pixel_decoder(soft.transpose(1, 2).unflatten(2, (side, side)))
         return pixels
 
@@ -317,10 +326,10 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         latents = self.latents_of(pixels)
         return self.decode_latents(self.kept(latents.z)), latents
 
-    def code_loss(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def code_loss(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], Latents]:
         """Stage 1: cross entropy with target (B, N), the VQGAN's ids of the pictures, plus the quantiser's loss.
 
-        The parts are "codes", "quantiser" and "accuracy", the share of ids that are right.
+        The parts are "codes", "quantiser" and "accuracy", the share of ids that are right. The latents come along.
         """
         if self.pixel_codebook is None:
             raise InputError('head="pixels" has one stage, that of PixelObjective')
@@ -328,7 +337,7 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         logits = self.decoded(self.kept(latents.z))
         codes = F.cross_entropy(logits.transpose(1, 2).float(), target)
         right = (logits.argmax(-1) == target).float().mean()
-        return codes + latents.loss, {"codes": codes, "quantiser": latents.loss, "accuracy": right}
+        return codes + latents.loss, {"codes": codes, "quantiser": latents.loss, "accuracy": right}, latents
 
     def freeze_tokens(self) -> Self:
         """For stage 2: encoder, latents and codebook learn no more. Returns the tokenizer."""
@@ -396,7 +405,7 @@ class PixelObjective(nn.Module):
     Args:
         tokenizer: what is trained.
         one_stage: whether tokens are trained, too.
-        perceptual: distance of two pictures, such as `foveate.nn.adversarial.LogitDistance`; None for none.
+        perceptual: distance of pictures, a number or (B,); the paper's is `foveate.nn.adversarial.LogitDistance`.
         perceptual_weight, adversarial_weight, kl_weight: see above.
         adversarial_from: 0-based step.
         lecam, decay: see `Adversarial`.
@@ -417,13 +426,13 @@ class PixelObjective(nn.Module):
         self.latent_weight = within("kl_weight", kl_weight, "[0, inf)") if tokenizer.quantizer is None else 1.0
         self.adversarial = Adversarial(discriminator or PatchDiscriminator(), lecam=lecam, decay=decay)
 
-    def forward(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss of pictures (B, 3, H, W) in [0, 1], and its parts before they are weighted."""
+    def forward(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Latents]:
+        """The loss of pictures (B, 3, H, W) in [0, 1], its parts before they are weighted, and the latents."""
         made, latents = self.tokenizer(pixels)
         parts = {"l2": F.mse_loss(made, pixels)}
         loss = parts["l2"]
         if self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(made, pixels)
+            parts["perceptual"] = self.perceptual(made, pixels).mean()
             loss = loss + self.perceptual_weight * parts["perceptual"]
         if self.one_stage:
             parts["latents"] = latents.loss
@@ -432,7 +441,7 @@ class PixelObjective(nn.Module):
         active = float(step >= self.adversarial_from)
         # Times nothing, and not left out: several processes need a gradient for every weight.
         loss = loss + active * (self.adversarial_weight * parts["generator"] + parts["discriminator"])
-        return loss, parts
+        return loss, parts, latents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
