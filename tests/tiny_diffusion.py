@@ -106,8 +106,13 @@ def denoiser(pipe: Any) -> Any:
 
 def embedding(name: str, prompts: int, seed: int) -> Tensor:
     """(prompts, length, width) of a made-up prompt."""
-    length, width = TEXT[name]
-    return torch.randn(prompts, length, width, generator=torch.Generator().manual_seed(seed))
+    return _drawn(prompts, TEXT[name], seed)
+
+
+def _drawn(prompts: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """(prompts, *shape), the same for a prompt whichever follow it."""
+    generators = (torch.Generator().manual_seed(100 * seed + number) for number in range(prompts))
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def noise(pipe: Any, pictures: int, height: int = SIDE, width: int = SIDE, seed: int = 5) -> Tensor:
@@ -135,8 +140,8 @@ def sample(
     }
     settings["negative_prompt_embeds"] = embedding(name, prompts, 2)
     if name == "sd3":
-        pooled = [torch.randn(prompts, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
-        settings |= {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
+        settings["pooled_prompt_embeds"] = _drawn(prompts, (8,), 3)
+        settings["negative_pooled_prompt_embeds"] = _drawn(prompts, (8,), 4)
     elif name != "sd":
         mask = torch.ones(prompts, TEXT[name][0], dtype=torch.long)
         settings |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
