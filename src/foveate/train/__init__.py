@@ -17,6 +17,8 @@ _RECIPES = {
     "tiny-dit": ("tiny_dit", "TinyDit"),
     "tiny-dit-small": ("tiny_dit", "TinyDitSmall"),
     "tiny-sd": ("tiny_sd", "TinySd"),
+    "titok": ("titok", "TitokRecipe"),
+    "one-d-piece": ("one_d_piece", "OneDPieceRecipe"),
     "evad": ("evad", "EvadRecipe"),
     "sparsifiner": ("sparsifiner", "SparsifinerRecipe"),
     "dtop": ("dtop", "DtopRecipe"),
