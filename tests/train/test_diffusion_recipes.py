@@ -115,21 +115,30 @@ def test_captions_are_dropped_as_often_as_asked(kind: Any, vae: Path, tmp_path: 
 
 
 def test_transformer_is_trained_on_what_the_pipeline_gives_it(vae: Path, tmp_path: Path) -> None:
-    made = recipe(TinyDit, TinyDitSettings, vae, tmp_path)
+    """Text states, their mask and the table of positions, caught on their way into the transformer."""
+    made = recipe(TinyDit, TinyDitSettings, vae, tmp_path, drop=0.0)
     captions = ["a dog", "an apple and a bus on gray"]
-    states, pooled = made.model.embeddings(
-        made.pipeline.tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
-    )
-    expected, _, pooled_expected, _ = made.pipeline.encode_prompt(
-        captions, captions, captions, do_classifier_free_guidance=False
-    )
-    assert torch.allclose(states, expected, atol=1e-6)
-    assert torch.allclose(pooled, pooled_expected, atol=1e-6)
-    assert not torch.allclose(states[0], states[1])
+    seen: list[dict[str, torch.Tensor]] = []
+    transformer = made.pipeline.transformer
+    transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
+    ids = made.pipeline.tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        made.model(torch.randn(2, 4, 16, 16), ids, torch.zeros(2, 64).long())
+    made.pipeline(captions, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    ours, theirs = seen
+    real = ours["encoder_mask"].bool()
+    assert real.sum(1).tolist() == [4, 9]
+    for row in range(2):
+        kept = theirs["encoder_mask"][row].bool()
+        states = theirs["encoder_hidden_states"][row, kept]
+        assert torch.allclose(ours["encoder_hidden_states"][row, real[row]], states, atol=1e-5)
+    assert torch.allclose(ours["image_rotary_emb"][:8, :8], theirs["image_rotary_emb"][:8, :8])
+    attention = theirs["cross_attention_kwargs"]
+    assert attention == {"base_sequence_length": 64}, "64 tokens: Lumina's proportional attention changes nothing"
 
 
 def test_flow_matching_loss(vae: Path, tmp_path: Path) -> None:
-    """Along the straight line from noise to latents, sample by sample; the objects from the middle block's states."""
+    """Along the straight line from noise to latents, sample by sample; the objects from the middle layer's states."""
     made = recipe(TinyDit, TinyDitSettings, vae, tmp_path, drop=0.0, layers=4, objects_weight=0.7)
     enliven(made.model)
     batch = made.batch(0, 0, 1)
@@ -139,25 +148,46 @@ def test_flow_matching_loss(vae: Path, tmp_path: Path) -> None:
     torch.rand(4, 1)  # who loses the caption
     latents = batch["latents"].float()
     noise, normal = torch.randn_like(latents), torch.randn(4)
-    middle: list[torch.Tensor] = []
-    made.pipeline.transformer.transformer_blocks[1].register_forward_hook(lambda _m, _i, out: middle.append(out[1]))
+    transformer, middle = made.pipeline.transformer, list[torch.Tensor]()
+    transformer.layers[1].register_forward_hook(lambda _m, _i, out: middle.append(out))
     squares, entropy = [], []
     with torch.no_grad():
         for i in range(4):
             s = 1 / (1 + math.exp(-float(normal[i])))
-            states, pooled = made.model.embeddings(batch["ids"][i : i + 1].long())
-            found = made.pipeline.transformer(
+            ids = batch["ids"][i : i + 1][batch["ids"][i : i + 1] != made.pipeline.tokenizer.pad_token_id][None].long()
+            states = made.pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+            found = transformer(
                 hidden_states=(1 - s) * latents[i : i + 1] + s * noise[i : i + 1],
-                timestep=torch.tensor([1000 * s]),
+                timestep=torch.tensor([1 - s]),
                 encoder_hidden_states=states,
-                pooled_projections=pooled,
-            ).sample[0]
-            squares.append(float((found - (noise[i] - latents[i])).square().mean()))
+                encoder_mask=torch.ones_like(ids),
+                image_rotary_emb=made.model.positions,
+                cross_attention_kwargs={},
+            ).sample[0, :4]
+            squares.append(float((found - (latents[i] - noise[i])).square().mean()))
             chance = made.model.head.linear(middle[-1][0]).softmax(-1)
             entropy += [-math.log(chance[n, batch["objects"][i, n].long()]) for n in range(64)]
     expected = {"denoising": np.mean(squares), "objects": np.mean(entropy)}
     assert parts == pytest.approx(expected, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(expected["denoising"] + 0.7 * expected["objects"], rel=1e-4)
+
+
+def test_a_perfect_velocity_takes_the_sampler_to_the_latents(vae: Path, tmp_path: Path) -> None:
+    """The sign and the direction of time of what is learnt: with x - n for a prediction, sampling gives x."""
+    made = recipe(TinyDit, TinyDitSettings, vae, tmp_path)
+    wanted, noise = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
+
+    def known(_module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> tuple[torch.Tensor]:
+        share = 1 - kwargs["timestep"]
+        assert torch.allclose(kwargs["hidden_states"], wanted + share * (noise - wanted), atol=1e-4)
+        velocity = wanted - noise
+        return (torch.cat([velocity, velocity], dim=1),)
+
+    made.pipeline.transformer.register_forward_hook(known, with_kwargs=True)
+    found = made.pipeline(
+        "a dog", num_inference_steps=5, guidance_scale=1.0, latents=noise, output_type="latent"
+    ).images
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_noise_prediction_loss(vae: Path, tmp_path: Path) -> None:
@@ -191,15 +221,15 @@ def test_noise_prediction_loss(vae: Path, tmp_path: Path) -> None:
 
 
 def test_smoke_run_of_the_transformers(dit: Path, vae: Path, tmp_path: Path) -> None:
-    """Both sizes are complete pipelines of one latent space, whose text encoders are the same."""
+    """Both sizes are complete pipelines of one latent space, whose text encoder is the same."""
     large = zoo.load_folder(dit)
     options = {"vae": str(vae), "large": str(dit), "width": 8, "heads": 1}
     metrics = train.run("tiny-dit-small", out=tmp_path, smoke=True, threads=1, **options)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["name"] == "tiny-dit-small"
     small = zoo.load_folder(tmp_path)
-    assert type(large).__name__ == type(small).__name__ == "StableDiffusion3Pipeline"
-    for part in ("text_encoder", "text_encoder_2", "vae"):
+    assert type(large).__name__ == type(small).__name__ == "LuminaPipeline"
+    for part in ("text_encoder", "vae"):
         ours, theirs = getattr(small, part).state_dict(), getattr(large, part).state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert small.transformer.num_parameters() < large.transformer.num_parameters()
@@ -207,7 +237,7 @@ def test_smoke_run_of_the_transformers(dit: Path, vae: Path, tmp_path: Path) -> 
     assert all(torch.equal(value, started[key]) for key, value in large.vae.state_dict().items())
 
 
-def test_text_encoders_are_trained_with_the_large_one_only(dit: Path, vae: Path, tmp_path: Path) -> None:
+def test_the_text_encoder_is_trained_with_the_large_one_only(dit: Path, vae: Path, tmp_path: Path) -> None:
     from foveate.train.tiny_dit import TinyDitSmall, TinyDitSmallSettings
 
     for kind, settings, changes, expected in (

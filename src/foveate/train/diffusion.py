@@ -47,7 +47,7 @@ class DiffusionSettings(Settings):
     guidance_scale, inference_steps: with which the evaluation's pictures are made.
     """
 
-    batch: int = 48
+    batch: int = 32
     lr: float = 1e-3
     warmup: int = 200
     weight_decay: float = 0.01

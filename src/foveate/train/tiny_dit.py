@@ -1,9 +1,9 @@
-"""Recipes for `tiny-dit` and `tiny-dit-small`: Stable Diffusion 3's transformer with flow matching, in two sizes.
+"""Recipes for `tiny-dit` and `tiny-dit-small`: Lumina-Next's transformer with flow matching, in two sizes.
 
-With x the latents of a scene and n noise, the transformer sees (1 - s) x + s n at time 1000 s and predicts the velocity
-n - x; s is drawn logit-normal, and the loss is the mean squared error (arXiv 2403.03206, sections 2 and 3). Large and
-small share the latents and the text encoders, so that one prompt's embeddings serve both: tiny-dit trains the encoders
-with it, tiny-dit-small takes them over as they are.
+With x the latents of a scene and n noise, the transformer sees s n + (1 - s) x at time 1 - s and predicts the velocity
+x - n; s is drawn logit-normal, and the loss is the mean squared error (arXiv 2403.03206, sections 2 and 3.1). Large and
+small share the latents and the text encoder, so that one prompt's embeddings serve both: tiny-dit trains the encoder
+with it, tiny-dit-small takes it over as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from foveate import zoo
 from foveate.method import InputError
 from foveate.train.diffusion import (
+    PATCHES,
     ZOO,
     DiffusionRecipe,
     DiffusionSettings,
@@ -36,10 +37,10 @@ from foveate.train.loop import Settings, train
 class TinyDitSettings(DiffusionSettings):
     """`layers`, `width`, `heads`: of the transformer."""
 
-    steps: int = 4500
-    layers: int = 6
+    steps: int = 8000
+    layers: int = 7
     width: int = 144
-    heads: int = 4
+    heads: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,49 +52,52 @@ class TinyDitSettings(DiffusionSettings):
 
 @dataclasses.dataclass(frozen=True)
 class TinyDitSmallSettings(TinyDitSettings):
-    """`large`: folder of a trained tiny-dit, whose text encoders are taken; "zoo" or "" as for `vae`."""
+    """`large`: folder of a trained tiny-dit, whose text encoder is taken; "zoo" or "" as for `vae`."""
 
-    steps: int = 6000
     layers: int = 4
     width: int = 80
+    heads: int = 4
     large: str = ""
 
 
 class _Objective(nn.Module):
     """All that is computed on a batch in one `forward`, as several processes need it."""
 
-    def __init__(self, pipeline: Any, drop: float) -> None:
-        super().__init__()
-        self.transformer = pipeline.transformer
-        self.text_encoders = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
-        self.tokenizer, self.drop = pipeline.tokenizer, drop
-        self.head = ObjectHead(self.transformer.inner_dim)
+    positions: Tensor
 
-    def embeddings(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) ids -> what the pipeline makes of a prompt: (B, 2 L, D) states, zeros for T5's, and (B, D) pooled."""
-        found = [encoder(ids, output_hidden_states=True) for encoder in self.text_encoders]
-        states = torch.cat([one.hidden_states[-2] for one in found], dim=-1)
-        pooled = torch.cat([one.text_embeds for one in found], dim=-1)
-        return torch.cat([states, torch.zeros_like(states)], dim=1), pooled
+    def __init__(self, pipeline: Any, drop: float) -> None:
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+        super().__init__()
+        self.transformer, self.text_encoder = pipeline.transformer, pipeline.text_encoder
+        self.tokenizer, self.drop = pipeline.tokenizer, drop
+        self.head = ObjectHead(self.transformer.hidden_size)
+        table = get_2d_rotary_pos_embed_lumina(self.transformer.head_dim, 384, 384)  # as in the pipeline
+        self.register_buffer("positions", table[:PATCHES, :PATCHES].clone(), persistent=False)
 
     def forward(self, latents: Tensor, ids: Tensor, objects: Tensor) -> dict[str, Tensor]:
-        states, pooled = self.embeddings(without_some(ids, self.tokenizer, self.drop))
+        ids = without_some(ids, self.tokenizer, self.drop)
+        mask = ids != self.tokenizer.pad_token_id
+        states = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         noise = torch.randn_like(latents)
-        time = torch.randn(len(latents), device=latents.device).sigmoid()
-        share = time[:, None, None, None]
-        blocks = self.transformer.transformer_blocks
-        found, (_, middle) = watched(
-            blocks[len(blocks) // 2 - 1],
+        share = torch.randn(len(latents), device=latents.device).sigmoid()
+        noisy = torch.lerp(latents, noise, share[:, None, None, None])
+        layers = self.transformer.layers
+        found, middle = watched(
+            layers[len(layers) // 2 - 1],
             lambda: (
                 self.transformer(
-                    hidden_states=(1 - share) * latents + share * noise,
-                    timestep=1000 * time,
+                    hidden_states=noisy,
+                    timestep=1 - share,
                     encoder_hidden_states=states,
-                    pooled_projections=pooled,
+                    encoder_mask=mask,
+                    image_rotary_emb=self.positions,
+                    cross_attention_kwargs={},
                 ).sample
             ),
         )
-        return {"denoising": F.mse_loss(found, noise - latents), "objects": self.head.loss(middle, objects)}
+        velocity = found[:, : latents.shape[1]]  # the rest would be a variance, which Lumina does not use
+        return {"denoising": F.mse_loss(velocity, latents - noise), "objects": self.head.loss(middle, objects)}
 
 
 class TinyDit(DiffusionRecipe):
@@ -112,11 +116,11 @@ class TinyDit(DiffusionRecipe):
         self.settings, self.seed = settings, seed
         self.data = load_file(settings.latents)
         transformer = build_dit(layers=settings.layers, width=settings.width, heads=settings.heads)
-        self.pipeline = build_dit_pipeline(transformer, load_vae(settings.vae), build_tokenizer(), self.encoders())
+        self.pipeline = build_dit_pipeline(transformer, load_vae(settings.vae), build_tokenizer(), self.text_encoder())
         self.model = _Objective(self.pipeline, settings.drop)
 
-    def encoders(self) -> tuple[Any, Any] | None:
-        """Text encoders to take over; None for new ones."""
+    def text_encoder(self) -> Any:
+        """One to take over; None for a new one."""
         return None
 
 
@@ -143,12 +147,9 @@ class TinyDitSmall(TinyDit):
             train(TinyDit, out=out / "large", seed=seed, **(quick | shared))
         return dataclasses.replace(settings, large=str(out / "large"))
 
-    def encoders(self) -> tuple[Any, Any]:
-        from transformers import CLIPTextModelWithProjection
+    def text_encoder(self) -> Any:
+        from transformers import GemmaModel
 
         folder = zoo.path("tiny-dit") if self.settings.large == ZOO else Path(self.settings.large)
-        first, second = (
-            CLIPTextModelWithProjection.from_pretrained(folder / part, local_files_only=True).requires_grad_(False)
-            for part in ("text_encoder", "text_encoder_2")
-        )
-        return first, second
+        encoder = GemmaModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        return encoder.eval().requires_grad_(False)

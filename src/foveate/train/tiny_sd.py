@@ -33,9 +33,8 @@ class TinySdSettings(DiffusionSettings):
     """`width`: of the UNet at 16 x 16, a multiple of 8; `heads`: of its attention; `text_width`: of the text
     encoder, a multiple of 4."""
 
-    steps: int = 4500
-    batch: int = 32
-    width: int = 64
+    steps: int = 8000
+    width: int = 32
     heads: int = 4
     text_width: int = 64
 

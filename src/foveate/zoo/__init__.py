@@ -40,7 +40,7 @@ def load(name: str) -> Any:
     """The model in float32 and eval mode: for `tiny-vit` a timm `VisionTransformer` (see `zoo/vit.py`), for
     `tiny-llava` a transformers `LlavaForConditionalGeneration`, for `tiny-onevision` a
     `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`), for `tiny-vae` a
-    diffusers `AutoencoderKL`, for `tiny-dit` and `tiny-dit-small` a `StableDiffusion3Pipeline`, for `tiny-sd` a
+    diffusers `AutoencoderKL`, for `tiny-dit` and `tiny-dit-small` a `LuminaPipeline`, for `tiny-sd` a
     `StableDiffusionPipeline`. Raises InputError for an unknown name."""
     return load_folder(path(name))
 

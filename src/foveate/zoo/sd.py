@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from foveate.zoo.text import build_text_encoder
+from foveate.zoo.text import build_clip
 
 
 def build_unet(*, width: int, heads: int, text_width: int) -> UNet2DConditionModel:
@@ -45,7 +45,7 @@ def build_sd_pipeline(unet: UNet2DConditionModel, vae: Any, tokenizer: Any) -> S
             steps_offset=1,
         ),
         vae=vae,
-        text_encoder=build_text_encoder(tokenizer, width=width),
+        text_encoder=build_clip(tokenizer, width=width),
         tokenizer=tokenizer,
         safety_checker=None,
         feature_extractor=None,

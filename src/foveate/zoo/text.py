@@ -1,4 +1,4 @@
-"""What the zoo's diffusion pipelines read captions with: a word-level tokenizer and small CLIP text encoders."""
+"""What the zoo's diffusion pipelines read captions with: a word-level tokenizer and small text encoders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, GemmaConfig, GemmaModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -32,24 +32,46 @@ def build_caption_tokenizer(words: list[str], length: int = 12) -> PreTrainedTok
     )
 
 
-def build_text_encoder(
-    tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int = 2, heads: int = 4, projection: bool = False
-) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """An untrained CLIP text encoder for that tokenizer's ids; with `projection` its pooled output is projected too."""
-    ids: dict[str, Any] = {
+def build_clip(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int = 2, heads: int = 4) -> CLIPTextModel:
+    """An untrained CLIP text encoder for captions of at most the tokenizer's length."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
+            hidden_act="gelu",
+            **_ids(tokenizer),
+        )
+    )
+
+
+def build_gemma(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int = 2, heads: int = 4) -> GemmaModel:
+    """An untrained Gemma. Lumina reads its last but one hidden states, so the last layer and the norm are frozen."""
+    model = GemmaModel(
+        GemmaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=width // heads,
+            max_position_embeddings=256,
+            **_ids(tokenizer),
+        )
+    )
+    for unread in (model.layers[-1], model.norm):
+        unread.requires_grad_(False)
+    return model
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=width,
-        hidden_act="gelu",
-        **ids,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
