@@ -13,6 +13,7 @@ _RECIPES = {
     "tiny-vit": ("tiny_vit", "TinyVit"),
     "tiny-llava": ("tiny_llava", "TinyLlava"),
     "tiny-onevision": ("tiny_onevision", "TinyOnevision"),
+    "tiny-vq": ("tiny_vq", "TinyVq"),
     "tiny-vae": ("tiny_vae", "TinyVae"),
     "tiny-dit": ("tiny_dit", "TinyDit"),
     "tiny-dit-small": ("tiny_dit", "TinyDitSmall"),
