@@ -22,7 +22,7 @@ from foveate.hosts.denoiser_patches import DenoiserPatches, supported
 from foveate.hosts.host import Host, by_name
 from foveate.hosts.signals import NoSignals
 from foveate.method import HostShape, InputError, Stage
-from foveate.nn.calls import DenoiserAttention, DenoiserCall, SamplerStep
+from foveate.nn.calls import DenoiserAttention, DenoiserCall, SamplerStep, denoiser_of
 from foveate.tokens import Tokens, predecessors
 
 _CONDITIONAL_FIRST = ("DiTTransformer2DModel", "LuminaNextDiT2DModel")
@@ -78,10 +78,9 @@ class DiffusionHost(Host):
     `foveate.nn.calls`, and where the denoiser allows it "denoiser.patches", see `DenoiserPatches`."""
 
     def __init__(self, pipeline: Any) -> None:
-        denoiser = getattr(pipeline, "unet", None)
-        denoiser = getattr(pipeline, "transformer", None) if denoiser is None else denoiser
-        self._scheduler = getattr(pipeline, "scheduler", None)
-        if not isinstance(denoiser, nn.Module) or self._scheduler is None:
+        denoiser: Any = denoiser_of(pipeline)
+        self._scheduler: Any = getattr(pipeline, "scheduler", None)
+        if denoiser is None or self._scheduler is None:
             raise InputError(
                 f"{type(pipeline).__name__} is no pipeline that methods can be applied to: "
                 "it has no unet or transformer, or no scheduler"
@@ -101,7 +100,7 @@ class DiffusionHost(Host):
         self._replacement: Tensor | None = None
         self._prompts: tuple[str, ...] = ()
         self._patches: DenoiserPatches | None = None
-        stages = ("denoiser.call", "denoiser.attention", "sampler.step")
+        stages: tuple[str, ...] = ("denoiser.call", "denoiser.attention", "sampler.step")
         stages += ("denoiser.patches",) if supported(denoiser) else ()
         self.shape = HostShape(
             "diffusers", stages, vision_layers=0, feature_layer=-1, prefix=0,

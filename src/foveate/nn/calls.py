@@ -231,3 +231,11 @@ class SamplerStep:
     begin: int
     patch: int
     scheduler: Any
+
+
+def denoiser_of(model: Any) -> nn.Module | None:
+    """The denoiser of a pipeline of diffusers, or the model itself if it is one; None where there is none."""
+    if isinstance(model, nn.Module):
+        return model
+    parts = (getattr(model, name, None) for name in ("unet", "transformer"))
+    return next((part for part in parts if isinstance(part, nn.Module)), None)
