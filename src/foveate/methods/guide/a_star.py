@@ -117,20 +117,23 @@ class AStar(Method):
     claims = (
         Claim(
             "L_seg of two equal maps", "value", 0.5, "Eq. 2", 0,
-            value=lambda method: segregation_loss(torch.rand(1, 16, 16).expand(2, -1, -1)),
+            value=lambda method: float(segregation_loss(torch.rand(1, 16, 16).expand(2, -1, -1))),
         ),
-        Claim("L_seg of maps side by side", "value", 0, "Eq. 2", 0, value=lambda method: segregation_loss(_halves())),
+        Claim(
+            "L_seg of two maps side by side", "value", 0, "Eq. 2", 0,
+            value=lambda method: float(segregation_loss(_halves())),
+        ),
         Claim(
             "L_seg of five equal maps, |C| (|C| - 1) / 4", "value", 5, "Eq. 2", 1e-6,
-            value=lambda method: segregation_loss(torch.ones(5, 16, 16)),
+            value=lambda method: float(segregation_loss(torch.ones(5, 16, 16))),
         ),
         Claim(
             "L_ret of five maps that equal their masks, |C| / 2", "value", 2.5, "Eq. 3", 1e-6,
-            value=lambda method: retention_loss(torch.ones(5, 16, 16), torch.ones(5, 16, 16)),
+            value=lambda method: float(retention_loss(torch.ones(5, 16, 16), torch.ones(5, 16, 16))),
         ),
         Claim(
             "L_ret of five maps beside their masks, |C|", "value", 5, "Eq. 3", 1e-6,
-            value=lambda method: retention_loss(_halves()[:1].expand(5, -1, -1), _halves()[1:].expand(5, -1, -1)),
+            value=lambda method: float(retention_loss(*(half.expand(5, -1, -1) for half in _halves()))),
         ),
         Claim(
             "runs with gradients in 50 steps, two words", "value", 50, "Section 3.4", 0,
