@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate import cli_detect, cli_generate, cli_probe, cli_tune
+from foveate import cli_detect, cli_generate, cli_probe, cli_tokenize, cli_tune
 from foveate.cli_common import (
     DEFAULT_FRAMES,
     DeviceOption,
@@ -37,6 +37,7 @@ from foveate.cli_common import (
     make_console,
     parse_methods,
     parse_setting,
+    printable,
     progress_bar,
     read_samples,
     unknown_words,
@@ -75,6 +76,8 @@ app.add_typer(cli_probe.app, name="probe")
 app.command()(cli_tune.tune)
 app.command()(cli_detect.detect)
 app.command()(cli_generate.generate)
+app.command()(cli_tokenize.tokenize)
+app.command()(cli_tokenize.reconstruct)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,9 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(message: str, everywhere: bool = False) -> NoReturn:
     """One line on stderr, without control characters, and exit 2; of several processes only the first says it."""
-    line = " ".join(message.split())
     if everywhere or is_main_process():
-        print("error: " + "".join(c if c.isprintable() else "�" for c in line), file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from foveate.method import InputError
 from foveate.methods.video.evad import EvadDetector
+from foveate.zoo import read_json
 
 RATE = 7.5
 """Frames a second that a detector looks at: every fourth of 30, as in the paper; clips of scenes, where it gets
@@ -29,7 +29,7 @@ def load_detector(folder: str | Path) -> EvadDetector:
         InputError: no detector there, or one whose weights do not fit its configuration.
     """
     folder = Path(folder)
-    config = _read(folder, "config.json")
+    config = read_json(folder, "config.json", "detector")
     if not isinstance(config, dict) or not is_detector(config):
         raise InputError(f"{folder}: no action detector; `foveate train evad` writes one")
     try:
@@ -52,17 +52,7 @@ def labels(folder: str | Path, count: int) -> list[str]:
     folder = Path(folder)
     if not (folder / "labels.json").exists():
         return [str(number + 1) for number in range(count)]
-    names = _read(folder, "labels.json")
+    names = read_json(folder, "labels.json", "detector")
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder}/labels.json: a list of {count} names was expected, one for each action")
     return names
-
-
-def _read(folder: Path, name: str) -> Any:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no model here; a detector's folder has a {name}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no JSON"
-        raise InputError(f"{folder}/{name}: cannot be read ({reason})") from None
