@@ -109,6 +109,11 @@ def embedding(name: str, prompts: int, seed: int) -> Tensor:
     return _drawn(prompts, TEXT[name], seed)
 
 
+def pooled(prompts: int, seed: int) -> Tensor:
+    """(prompts, 8) of made-up prompts, which Stable Diffusion 3 takes besides."""
+    return _drawn(prompts, (8,), seed)
+
+
 def _drawn(prompts: int, shape: tuple[int, ...], seed: int) -> Tensor:
     """(prompts, *shape), the same for a prompt whichever follow it."""
     generators = (torch.Generator().manual_seed(100 * seed + number) for number in range(prompts))
@@ -140,8 +145,8 @@ def sample(
     }
     settings["negative_prompt_embeds"] = embedding(name, prompts, 2)
     if name == "sd3":
-        settings["pooled_prompt_embeds"] = _drawn(prompts, (8,), 3)
-        settings["negative_pooled_prompt_embeds"] = _drawn(prompts, (8,), 4)
+        settings["pooled_prompt_embeds"] = pooled(prompts, 3)
+        settings["negative_pooled_prompt_embeds"] = pooled(prompts, 4)
     elif name != "sd":
         mask = torch.ones(prompts, TEXT[name][0], dtype=torch.long)
         settings |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}

@@ -16,7 +16,7 @@ from foveate.method import InputError, Method
 from foveate.methods.diffuse.ras import CONFIGURATIONS, Ras
 from foveate.nn.calls import SamplerStep
 from foveate.tokens import DROPPED, Tokens
-from tiny_diffusion import embedding, noise, pipeline, sample
+from tiny_diffusion import embedding, noise, pipeline, pooled, sample
 
 EARLY: dict[str, Any] = {"start": 2, "resets": (5,), "ratio": 0.4, "high": 0.3, "starvation": 0.5}
 """Settings that leave tokens out in steps 2, 3, 4, 6 and 7 of 8."""
@@ -167,7 +167,7 @@ def reference(name: str, pipe: Any, latents: Tensor, counts: dict[int, tuple[int
     height, width = x.shape[2] // 2, x.shape[3] // 2
     prompts = [embedding(name, 1, seed) for seed in (2, 1)]
     if name == "sd3":
-        given = torch.cat([torch.randn(1, 8, generator=torch.Generator().manual_seed(seed)) for seed in (4, 3)])
+        given = torch.cat([pooled(1, 4), pooled(1, 3)])
     else:
         prompts.reverse()
         from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
@@ -334,16 +334,15 @@ def test_what_is_left_out_keeps_its_velocity(name: str) -> None:
 @each
 def test_runs_have_nothing_to_do_with_each_other(name: str) -> None:
     pipe = pipeline(name)
-    names = ["prompt", "negative_prompt", *(["pooled_prompt", "negative_pooled_prompt"] if name == "sd3" else [])]
-    given = {"latents": noise(pipe, 2, **SIZE)}
-    for seed, key in enumerate(names):
-        width = (8,) if "pooled" in key else embedding(name, 1, 0).shape[1:]
-        given[f"{key}_embeds"] = torch.randn(2, *width, generator=torch.Generator().manual_seed(seed))
-    one, other = ({key: value[b : b + 1] for key, value in given.items()} for b in range(2))
+    both = noise(pipe, 2, **SIZE)
+    prompts = {"prompt_embeds": embedding(name, 2, 1), "negative_prompt_embeds": embedding(name, 2, 2)}
+    if name == "sd3":
+        prompts |= {"pooled_prompt_embeds": pooled(2, 3), "negative_pooled_prompt_embeds": pooled(2, 4)}
+    other = {"latents": both[1:], **{key: value[1:] for key, value in prompts.items()}}
     with foveate.apply(pipe, Ras(**EARLY)) as applied:
-        first, second = draw(name, pipe, **one), draw(name, pipe, **other)
+        first, second = draw(name, pipe, latents=both[:1]), draw(name, pipe, **other)
         # Each picture of a batch has its own regions.
-        together = draw(name, pipe, prompts=2, **given)
+        together = draw(name, pipe, prompts=2, latents=both)
         assert not torch.equal(*applied.trace[0].source[:2])
         unguided = draw(name, pipe, guidance=1.0)
     torch.testing.assert_close(together, torch.cat([first, second]), rtol=1e-3, atol=1e-4)
