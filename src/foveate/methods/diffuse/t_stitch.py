@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, within
-from foveate.nn.calls import DenoiserCall
+from foveate.nn.calls import DenoiserCall, denoiser_of
 
 RULES = ("paper", "dit", "ldm", "sd", "lcm")
 
@@ -144,12 +144,11 @@ class TStitch(Method):
         self.small = small
         self._given = list(small) if isinstance(small, list | tuple) else [small]
         self._models = [_denoiser(one) for one in self._given]
-        if isinstance(ratio, list | tuple):
-            self.ratio: float | tuple[float, ...] = tuple(within("ratio", one, "[0, 1]") for one in ratio)
-            self.fractions = self.ratio
-        else:
-            self.ratio = within("ratio", ratio, "[0, 1]")
-            self.fractions = (self.ratio, 1 - self.ratio)
+        given: list[Any] = list(ratio) if isinstance(ratio, list | tuple) else [ratio]
+        shares = tuple(within("ratio", one, "[0, 1]") for one in given)
+        several = isinstance(ratio, list | tuple)
+        self.ratio = shares if several else shares[0]
+        self.fractions = shares if several else (shares[0], 1 - shares[0])
         if abs(math.fsum(self.fractions) - 1) > _SUM:
             raise InputError(f"ratio must sum to 1 over all models, not to {math.fsum(self.fractions):g}")
         if self._models and len(self.fractions) != len(self._models) + 1:
@@ -249,12 +248,10 @@ class TStitch(Method):
 
 def _denoiser(given: Any) -> Any:
     """The denoiser itself, of a model or a pipeline."""
-    if isinstance(given, nn.Module):
-        return given
-    found = [part for name in ("unet", "transformer") if isinstance(part := getattr(given, name, None), nn.Module)]
-    if not found or not hasattr(given, "scheduler"):
+    found = denoiser_of(given)
+    if found is None or not (found is given or hasattr(given, "scheduler")):
         raise InputError(f"small must be a denoiser or a pipeline of diffusers, or a list of such, not {given!r}")
-    return found[0]
+    return found
 
 
 def _same_noise(ours: Any, theirs: Any) -> None:
@@ -263,10 +260,9 @@ def _same_noise(ours: Any, theirs: Any) -> None:
         one, other = (sampler.config.get(key) for sampler in (ours, theirs))
         if one != other:
             raise InputError(f"small: its pipeline's scheduler has {key} {one}, this pipeline's {other}")
-    levels = [getattr(sampler, "alphas_cumprod", None) for sampler in (ours, theirs)]
-    if (levels[0] is None) != (levels[1] is None) or (
-        levels[0] is not None and not torch.allclose(levels[0].cpu(), levels[1].cpu(), atol=1e-4)
-    ):
+    # Flow matching has none: all such models have the same noise.
+    levels = [sampler.alphas_cumprod.cpu() for sampler in (ours, theirs) if hasattr(sampler, "alphas_cumprod")]
+    if len(levels) == 1 or (len(levels) == 2 and not torch.allclose(levels[0], levels[1], atol=1e-4)):
         raise InputError("small: it was trained with another noise schedule than the pipeline's denoiser")
 
 
