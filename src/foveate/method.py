@@ -323,7 +323,12 @@ class Method(Published):
         This is what makes methods comparable that spend their tokens at different depths. Without a language model
         the share is that of the encoder's output. Raises InputError where the method cannot reach the budget.
         """
-        return cls(keep=share("budget", budget))  # type: ignore[call-arg]
+        share("budget", budget)
+        if "keep" in inspect.signature(cls).parameters:
+            return cls(keep=budget)  # type: ignore[call-arg]
+        if budget != 1:
+            raise InputError(f"{cls.card.slug} does not reduce tokens: its budget is 1")
+        return cls()
 
     def check(self, host: HostShape) -> None:
         """Raises InputError where the hyperparameters do not fit the host."""

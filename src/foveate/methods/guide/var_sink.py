@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, share, whole, within
+from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, whole, within
 from foveate.nn.calls import AttentionCall
 from foveate.tokens import Tokens, compact
 
@@ -100,12 +100,6 @@ class VarSink(Method):
     def kept(self) -> float:
         """The share of their weight that sinks keep."""
         return self.p if self.p_means == "released" else 1 - self.p
-
-    @classmethod
-    def for_budget(cls, budget: float, host: HostShape) -> Method:
-        if share("budget", budget) != 1:
-            raise InputError("var-sink moves attention and does not reduce tokens: its budget is 1")
-        return cls()
 
     def check(self, host: HostShape) -> None:
         if not self._layers(host):
