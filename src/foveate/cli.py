@@ -1,4 +1,5 @@
-"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe`, `tune`, `detect`, `generate` (cli_*.py).
+"""The command line: `foveate compare`, `methods`, `verify`, `train`; `probe`, `tune`, `detect`, `generate`,
+`tokenize`, `reconstruct` (cli_*.py).
 
 Whatever the user gave and cannot be used ends with one line on stderr and exit code 2; an interruption with 130. Any
 other exception is a bug and keeps its traceback. What is slow to import is imported by the command that needs it.
@@ -81,7 +82,7 @@ app.command()(cli_tokenize.reconstruct)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line (that of the process if None) and exits: 0, 1 (a claim failed), 2 (bad input), 130."""
+    """Runs a command line (that of the process if None) and exits: 0, 1 (a claim, or a file, failed), 2 (bad input), 130."""
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="foveate")
         sys.stdout.flush()
