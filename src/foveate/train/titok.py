@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate import zoo
 from foveate.data.scenes import NAMES, Scenes, caption, stacked
 from foveate.measure.generation import FrechetDistance, Judge, Perceptual, Reconstruction, adherence
 from foveate.method import InputError
@@ -369,9 +371,13 @@ def _reconstruction(judge: Judge, originals: Tensor, made: list[Tensor]) -> dict
 
 
 def _from_folder(cls: type[Any], folder: str) -> Any:
-    if not (Path(folder) / "model.safetensors").is_file():
-        raise InputError(f"start: there is no model.safetensors in {folder}")
+    """A tokenizer or a VQGAN, in eval mode; InputError where there is none."""
+    config = zoo.read_json(Path(folder), "config.json", "model")
+    wanted = cls.card.slug if issubclass(cls, TiTok) else None
+    # Asked first: what is built without the right arguments is large.
+    if not isinstance(config, dict) or config.get("method") != wanted or ("codes" not in config and wanted is None):
+        raise InputError(f"start: {folder} has another model than a {cls.__name__}")
     try:
         return cls.from_pretrained(folder, strict=True).eval()
-    except (RuntimeError, TypeError):
-        raise InputError(f"start: {folder} has another model than a {cls.__name__} of these settings") from None
+    except (RuntimeError, TypeError, OSError, SafetensorError):
+        raise InputError(f"start: the weights in {folder} cannot be loaded") from None

@@ -219,6 +219,8 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
             None if is_vae else VectorQuantizer(codes, channels, normalised=normalised, commitment=commitment)
         )
         in_pixels = choice("head", head, ("codes", "pixels")) == "pixels"
+        for name, size in (("pixel_channels", pixel_channels), ("pixel_width", pixel_width)):
+            whole(name, size, 1)
         self.decoder = _Decoder(
             _size("decoder", decoder), patches, latents, channels, patch, 0 if in_pixels else pixel_codes
         )
