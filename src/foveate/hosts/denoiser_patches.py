@@ -56,6 +56,10 @@ class DenoiserPatches:
         """Drops the keys and values of former runs."""
         self._held.clear()
 
+    def keys(self, queries: int) -> int:
+        """How many of the picture's tokens a layer of self-attention sees that so many of them enter."""
+        return queries if self._index is None else self._count
+
     def _embedded(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         x: Tensor = output[0] if isinstance(output, tuple) else output
         self._index, self._count = self._choose(x) if self.watching else None, x.shape[1]

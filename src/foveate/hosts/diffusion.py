@@ -319,14 +319,15 @@ class DiffusionHost(Host):
         cross = context is not None and (not joint or bool(getattr(module, "only_cross_attention", False)))
         grid = self._grid(self._call.latents.shape, layer.halvings)
         native = self._grid(self._trained, layer.halvings)
-        keys: int | Tensor = text if cross else queries + text
+        own = queries if self._patches is None else self._patches.keys(queries)
+        keys: int | Tensor = text if cross else own + text
         if not cross and mask is not None and mask.ndim == 2:
             keys = (mask != 0).sum(1)
         image: int | Tensor = math.prod(grid)
         if cross or any(part in layer.name for part in _NOT_OF_PICTURE):
             image = 0
         elif joint:
-            image = queries
+            image = own
         elif queries <= image:
             # Fewer, where tokens were merged or dropped; more, where the text is among them.
             image = keys

@@ -431,6 +431,16 @@ def test_calls_with_skipped_layers_are_left_alone() -> None:
     assert not torch.equal(dense, plain)
 
 
+@each
+def test_other_methods_see_the_keys_that_are_there(name: str) -> None:
+    """At the size of the training, variable-size has nothing to do, however few tokens run."""
+    pipe, square = pipeline(name), {"latents": None, "height": 8, "width": 8}
+    with foveate.apply(pipe, Ras(**EARLY)):
+        alone = draw(name, pipe, **square)
+    with foveate.apply(pipe, [Ras(**EARLY), "variable-size"]):
+        torch.testing.assert_close(draw(name, pipe, **square), alone, rtol=1e-4, atol=1e-5)
+
+
 # -- what it cannot do
 
 

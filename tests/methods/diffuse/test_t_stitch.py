@@ -263,8 +263,9 @@ def test_fractions_are_exact_to_a_millionth() -> None:
 
 
 def test_it_needs_a_small_model() -> None:
-    with pytest.raises(InputError, match="small="):
-        foveate.apply(pipeline("sd"), "t-stitch")
+    for ratio in (0.4, (0.0, 0.4, 0.6)):
+        with pytest.raises(InputError, match="small="):
+            foveate.apply(pipeline("sd"), "t-stitch", ratio=ratio)
     with pytest.raises(InputError, match="give small and ratio"):
         TStitch.for_budget(0.5, HostShape("diffusers", (), 0, -1, 0, (4, 4)))
 

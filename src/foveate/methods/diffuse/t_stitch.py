@@ -169,7 +169,7 @@ class TStitch(Method):
         raise InputError("t-stitch has a budget once there is a small model: give small and ratio")
 
     def check(self, host: HostShape) -> None:
-        if not self._models and self.fractions[0] > 0:
+        if not self._models and any(self.fractions[:-1]):
             raise InputError("t-stitch needs a small denoiser for the first steps: small=…, a model or a pipeline")
 
     def model(self, step: int, steps: int, progress: float) -> int:
