@@ -7,7 +7,7 @@ A decoder is handed to transformers as `model.generate(ids, custom_generate=deco
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,15 @@ class DecodeReport:
         return float(gained[gained > 0].double().mean())
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a model takes in first: ids and mask (B, S), padded on the left, and other arguments of its forward."""
+
+    ids: Tensor
+    mask: Tensor
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
 class CachedModel:
     """A causal model and its cache, for rows that keep different numbers of tokens of a pass.
 
@@ -72,83 +81,87 @@ class CachedModel:
 
     Args:
         model: a causal language model of transformers, whose cache holds keys and values of every token.
-        ids, mask: (B, S) the prompt and which of it is no padding (on the left).
+        prompts: one, or two with guidance: the second is what it leads away from, the other half of a doubled batch.
         room: tokens that will be generated at most.
-        unconditional: (ids, mask) (B, S') of the branch that guidance leads away from, for a doubled batch.
-        inputs: what else the model takes with the prompt of the conditional branch.
+        keep_features: whether `features` are read.
+
+    Attributes:
+        features: (branches B, L, C) what the head made the last pass's logits of, for all tokens of that pass.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        ids: Tensor,
-        mask: Tensor,
-        room: int,
-        unconditional: tuple[Tensor, Tensor] | None = None,
-        inputs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.model = model
-        self._prompts = [(ids, mask, dict(inputs or {}))]
-        if unconditional is not None:
-            self._prompts.append((*unconditional, {}))
-        self.branches = len(self._prompts)
-        width = max(mask.shape[1] for _, mask, _ in self._prompts)
-        self.mask = torch.cat([F.pad(mask.bool(), (width - mask.shape[1], 0)) for _, mask, _ in self._prompts])
+    features: Tensor
+
+    def __init__(self, model: Any, prompts: Sequence[Prompt], room: int, keep_features: bool = False) -> None:
+        self.model, self.prompts, self.branches = model, prompts, len(prompts)
+        self._width = max(one.mask.shape[1] for one in prompts)
+        self.mask = torch.cat([F.pad(one.mask.bool(), (self._width - one.mask.shape[1], 0)) for one in prompts])
         self.count = self.mask.sum(1)
-        self._last_position = (self.count + room - 1).unsqueeze(1)
+        self._last_position = (self.count + room - 1).clamp(min=0).unsqueeze(1)
         self.pending = 0
         self.cache = DynamicCache()
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._settings: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if keep_features:
+            self._settings["output_hidden_states"] = True
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def prefill(self) -> Tensor:
         """(branches B, 1, V) logits of the token after the prompt."""
-        last, caches = [], []
-        for ids, mask, inputs in self._prompts:
-            extra = dict(inputs, logits_to_keep=1) if self._keeps else inputs
+        outputs, caches = [], []
+        for one in self.prompts:
+            extra = dict(one.inputs, logits_to_keep=1) if self._keeps_logits else one.inputs
             caches.append(DynamicCache())
-            output = self.model(
-                input_ids=ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                past_key_values=caches[-1], use_cache=True, return_dict=True, **extra,
+            mask = one.mask.long()
+            outputs.append(
+                self.model(
+                    input_ids=one.ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    past_key_values=caches[-1], **extra, **self._settings,
+                )
             )  # fmt: skip
-            last.append(output.logits[:, -1:])
         self.cache = caches[0]
-        for layers in zip(*(cache.layers for cache in caches)) if self.branches > 1 else ():
-            for name in ("keys", "values"):
-                parts = [getattr(layer, name) for layer in layers]
-                width = self.mask.shape[1]
-                parts = [F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts]
-                setattr(layers[0], name, torch.cat(parts))
-        return torch.cat(last)
+        if self.branches > 1:
+            for layers in zip(*(cache.layers for cache in caches)):
+                for name in ("keys", "values"):
+                    setattr(layers[0], name, self._joined([getattr(layer, name) for layer in layers]))
+        if "output_hidden_states" in self._settings:
+            self.features = self._joined([output.hidden_states[-1] for output in outputs])
+        return torch.cat([output.logits[:, -1:] for output in outputs])
 
-    def score(self, tokens: Tensor, depth: Tensor, visible: Tensor | None = None) -> Tensor:
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Of the branches, (B, ..., S, C) each, the shorter ones padded on the left."""
+        return torch.cat([F.pad(part, (0, 0, self._width - part.shape[-2], 0)) for part in parts])
+
+    def score(self, tokens: Tensor, depth: Tensor, visible: Tensor | None = None, **inputs: Any) -> Tensor:
         """(branches B, L, V) logits behind tokens (B, L), whose keys and values become pending entries of the cache.
 
         Args:
             depth: (L,) or (B, L), places after the last entry that was kept, from 0.
             visible: (B, L, P + L) bool, which of the P pending entries and the L new ones each token attends to
                 besides all that were kept; without it all before it and itself.
+            inputs: other arguments of the forward, of all branches.
         """
         batch, length = tokens.shape
-        positions = self.count.unsqueeze(1) + self._doubled(depth.expand(batch, length))
+        positions = self.count.unsqueeze(1) + self.doubled(depth.expand(batch, length))
         # What lies beyond the last token is never used, but must not lie beyond the model's last position either.
         positions = positions.minimum(self._last_position)
         if visible is None:
             mask = F.pad(self.mask, (0, self.pending + length), value=True).long()
         else:
-            seen = torch.cat([self.mask.unsqueeze(1).expand(-1, length, -1), self._doubled(visible)], 2)
+            seen = torch.cat([self.mask.unsqueeze(1).expand(-1, length, -1), self.doubled(visible)], 2)
             dtype = self.model.dtype
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             mask = mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
         output = self.model(
-            input_ids=self._doubled(tokens), attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, return_dict=True,
+            input_ids=self.doubled(tokens), attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+            **inputs, **self._settings,
         )  # fmt: skip
         self.pending += length
+        if "output_hidden_states" in self._settings:
+            self.features = output.hidden_states[-1]
         return output.logits
 
     def keep(self, kept: Tensor) -> None:
         """Of the P pending entries, each row keeps those that `kept` (B, P) bool marks."""
-        kept, before = self._doubled(kept), self.mask.shape[1]
+        kept, before = self.doubled(kept), self.mask.shape[1]
         valid = torch.cat([self.mask, kept], 1)
         self.count = valid.sum(1)
         stay = int(kept[0].sum())
@@ -166,7 +179,8 @@ class CachedModel:
             self.mask = valid.gather(1, order)
         self.pending = 0
 
-    def _doubled(self, rows: Tensor) -> Tensor:
+    def doubled(self, rows: Tensor) -> Tensor:
+        """(branches B, ...): the same (B, ...) for both branches."""
         return torch.cat([rows] * self.branches) if self.branches > 1 else rows
 
 
@@ -249,10 +263,14 @@ class Decoding:
         times = len(input_ids) // len(ids)
         return ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
 
-    def cached(self, model: Any) -> CachedModel:
+    def cached(self, model: Any, keep_features: bool = False) -> CachedModel:
         """The model, or a draft of it, before the prompt."""
-        inputs = self.inputs if model is self.model else None
-        return CachedModel(model, self.prompt, self.mask, self.room, self.unconditional, inputs)
+        return CachedModel(model, self.prompts(model), self.room, keep_features)
+
+    def prompts(self, model: Any) -> list[Prompt]:
+        """What it takes in first: the prompt, and the other branch of guidance."""
+        prompt = Prompt(self.prompt, self.mask, self.inputs if model is self.model else {})
+        return [prompt] if self.unconditional is None else [prompt, Prompt(*self.unconditional)]
 
     @property
     def remaining(self) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel
 
 from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
+from foveate.nn.draft_tree import Draft, FeatureDraft, Node, Tree, dynamic_tree, static_shape, static_tree
 from foveate.nn.speculative import DecodeReport, Decoding, draw, normalised, residual
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -22,14 +25,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 GENERATION: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 2000, "top_p": 1.0, "guidance_scale": 3.0}
 """Arguments of `generate` in the paper's runs; sampling ones only where they sample."""
 
-TREES: dict[str, tuple[tuple[int, ...], ...]] = {
+TREES: dict[str, tuple[Node, ...]] = {
     "eagle": (
         (0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (0, 0, 0), (0, 0, 1),
         (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2),
         (0, 0, 0, 0, 0), (0, 0, 0, 0, 1),
     ),
 }  # fmt: skip
-"""Static trees by name; a node is the list of its ancestors' ranks among their siblings and its own."""
+"""Static trees by name: that of EAGLE, the release's default."""
 
 
 def neighbour_table(codebook: Tensor, k: int) -> Tensor:
@@ -59,109 +62,63 @@ def _table_bytes(codes: int, k: int) -> int:
     return table.numel() * table.element_size()
 
 
-@dataclass(frozen=True, eq=False)
-class Tree:
-    """Drafted tokens of each row as a tree whose root, node 0, is the row's last token; parents come before children.
+class EagleDraft(nn.Module, PyTorchModelHubMixin):
+    """The release's drafter: one decoder layer on `[word x_(t+1), feature f_t]` foretells the feature f_(t+1).
 
-    Attributes:
-        tokens, parent, depth: (B, L) long; depth of the root 0.
-        paths: (B, L, D) long, the tokens from below the root to each node, then -1s.
-        q: (B, L, V) float, what the children of each node were drawn from without replacement; None where they are the
-            draft's most probable ones.
-        entry: (B, L) long, where the draft's cache has each node, -1 where the draft did not take it in.
+    A feature is what the model's head reads; words and head are the model's own, and frozen. Shapes (B, L, width).
+    Trained by `loss`; the release does so with AdamW, lr 1e-4, betas (0.9, 0.95), 20 epochs, linear warm-up over 0.03
+    of one, gradients clipped to 0.5 each.
+
+    Args:
+        width: of the model. heads, mlp: of the layer. The defaults are LlamaGen-XL's.
     """
 
-    tokens: Tensor
-    parent: Tensor
-    depth: Tensor
-    paths: Tensor
-    q: Tensor | None
-    entry: Tensor
+    def __init__(self, *, width: int = 1280, heads: int = 20, mlp: int = 3584) -> None:
+        super().__init__()
+        if whole("width", width, 1) % (2 * whole("heads", heads, 1)):
+            raise InputError(f"width must be a multiple of 2 * heads, not {width} with {heads} heads")
+        self.join = nn.Linear(2 * width, width)
+        config = LlamaConfig(
+            vocab_size=1, hidden_size=width, intermediate_size=whole("mlp", mlp, 1), num_hidden_layers=1,
+            num_attention_heads=heads, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        self.layer = LlamaModel(config)
+        del self.layer.embed_tokens
+        # The model's head takes features as they are.
+        self.layer.norm = nn.Identity()
 
-    @property
-    def visible(self) -> Tensor:
-        """(B, L, L) bool, which nodes are ancestors of each, itself included."""
-        batch, length = self.tokens.shape
-        seen = torch.eye(length, dtype=torch.bool, device=self.tokens.device).repeat(batch, 1, 1)
-        above = self.parent
-        for _ in range(self.paths.shape[2]):
-            seen = seen.scatter(2, above.unsqueeze(2), True)
-            above = self.parent.gather(1, above)
-        return seen
+    def forward(
+        self, words: Tensor, features: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Features of the next tokens."""
+        return self.layer(
+            inputs_embeds=self.join(torch.cat([words, features], 2)), attention_mask=attention_mask,
+            position_ids=position_ids, past_key_values=past_key_values, use_cache=past_key_values is not None,
+        ).last_hidden_state  # fmt: skip
 
-    @property
-    def children(self) -> Tensor:
-        """(B, L, C) long, the children of each node, those drafted first first, then -1s."""
-        batch, length = self.tokens.shape
-        same = (self.parent.unsqueeze(2) == self.parent.unsqueeze(1)).tril(-1)
-        # The root is no sibling of its children.
-        rank = same[:, :, 1:].sum(2)
-        found = torch.full((batch, length, int(rank.max()) + 1), -1, device=self.tokens.device)
-        nodes = torch.arange(1, length, device=self.tokens.device).expand(batch, -1)
-        rows = torch.arange(batch, device=self.tokens.device).unsqueeze(1)
-        found[rows, self.parent[:, 1:], rank[:, 1:]] = nodes
-        return found
-
-
-class _Draft:
-    """The draft model, its cache, and the entries that this round's tree has in it."""
-
-    def __init__(self, rows: Decoding, model: Any) -> None:
-        self.rows, self.cached = rows, rows.cached(model)
-        self.cached.prefill()
-        rows.report.draft_calls += 1
-        # The last node of a path that was accepted may be one that the draft has not taken in.
-        self.behind = torch.zeros_like(rows.live)
-
-    def root(self) -> tuple[Tensor, Tensor]:
-        """(B, 1, V) scores of what follows each row, and (B, 1, P) bool, which entries the root has seen."""
-        rows, last = self.rows, self.rows.last
-        batch, device = len(last), last.device
-        if not bool(self.behind.any()):
-            self._base = torch.ones(batch, 1, dtype=torch.bool, device=device)
-            logits = self.cached.score(last, torch.zeros(1, dtype=torch.long, device=device))
-        else:
-            tokens = torch.cat([rows.ids.gather(1, rows.length.unsqueeze(1) - 2), last], 1)
-            depth = torch.stack([torch.zeros_like(rows.length), self.behind.long()], 1)
-            self._base = torch.stack([self.behind, torch.ones_like(self.behind)], 1)
-            visible = torch.ones(batch, 2, 2, dtype=torch.bool, device=device).tril()
-            visible[:, 1, 0] = self.behind
-            logits = self.cached.score(tokens, depth, None if bool(self.behind.all()) else visible)
-        rows.report.draft_calls += 1
-        nothing = last.new_empty(batch, 1, 0)
-        return rows.scores(logits[:, -1:], nothing), self._base.unsqueeze(1)
-
-    def feed(self, tokens: Tensor, paths: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Takes in M nodes of one depth. (B, M, V) scores of their children, (B, M, P) what they have seen, themselves
-        included, and where their entries begin.
+    def loss(
+        self, model: Any, ids: Tensor, mask: Tensor | None = None, noise: float = 0.2
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Smooth L1 of the features plus 0.1 cross entropy to the model's own distribution; the scalar and its parts.
 
         Args:
-            tokens, paths: (B, M) and (B, M, depth).
-            seen: (B, M, P') bool, what their parents have seen.
+            ids, mask: (B, L) texts, padded on the left.
+            noise: width of the uniform noise that is added to the features put in.
         """
-        batch, many = tokens.shape
-        first = self.cached.pending
-        own = torch.eye(many, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        before = torch.zeros(batch, many, first - seen.shape[2], dtype=torch.bool, device=tokens.device)
-        seen = torch.cat([seen, before, own], 2)
-        depth = (self.behind.long() + paths.shape[2]).unsqueeze(1).expand(-1, many)
-        logits = self.cached.score(tokens, depth, None if bool(seen.all()) else seen)
-        self.rows.report.draft_calls += 1
-        return self.rows.scores(logits, paths), seen, first
-
-    def keep(self, tree: Tree, kept: Tensor, node: Tensor) -> None:
-        """Keeps the accepted path: nodes `kept` (B, L) bool, the last of them `node` (B,)."""
-        entries = torch.zeros(len(kept), self.cached.pending + 1, dtype=torch.bool, device=kept.device)
-        # Nodes without an entry, and those that are not kept, mark a last one too many.
-        index = torch.where(kept & (tree.entry >= 0), tree.entry, self.cached.pending)
-        entries = entries.scatter(1, index, True)[:, :-1]
-        entries[:, : self._base.shape[1]] = self._base
-        self.cached.keep(entries)
-        self.behind = tree.entry.gather(1, node.unsqueeze(1)).squeeze(1) < 0
-
-    @property
-    def root_entry(self) -> int:
-        return self._base.shape[1] - 1
+        mask = torch.ones_like(ids) if mask is None else mask
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            output = model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+            features, words = output.hidden_states[-1], model.get_input_embeddings()(ids)
+            target = output.logits[:, 1:].float().softmax(-1)
+        given = features[:, :-1] + (torch.rand_like(features[:, :-1]) - 0.5) * noise
+        predicted = self(words[:, 1:], given, mask[:, :-1], positions[:, :-1])
+        logits = model.get_output_embeddings()(predicted).float()
+        counts = mask[:, :-1].bool()
+        regression = F.smooth_l1_loss(predicted[counts], features[:, 1:][counts])
+        entropy = F.cross_entropy(logits[counts], target[counts])
+        return regression + 0.1 * entropy, {"feature": regression, "token": entropy}
 
 
 @register
@@ -201,7 +158,7 @@ class Lantern(Published):
         title="LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative Decoding",
         summary="Speculative decoding that lets a drafted image token borrow its codebook neighbours' probability.",
         parameters={
-            "draft": "a smaller causal model of the same vocabulary, on the same device",
+            "draft": "a smaller causal model of the same vocabulary, or an `EagleDraft`, on the same device",
             "codebook": "(V, d) the tokenizer's codes, or None for plain speculative decoding",
             "offset": "token id of the first code",
             "k": "most neighbours of a code",
@@ -246,11 +203,13 @@ class Lantern(Published):
         self.nodes, self.depth = whole("nodes", nodes, 1), whole("depth", depth, 1)
         self.branches = whole("branches", branches, 1)
         self.residual = choice("residual", residual, ("paper", "released"))
-        self.tree: str | tuple[tuple[int, ...], ...] = "dynamic"
+        self.tree = tree
+        # None where the draft decides.
+        self.shape: tuple[Node, ...] | None = None
         if not isinstance(tree, str):
-            self.tree = _checked(tree)
+            self.shape = static_shape(tree)
         elif choice("tree", tree, ("dynamic", "chain", *TREES)) != "dynamic":
-            self.tree = TREES.get(tree) or tuple((0,) * level for level in range(1, depth + 1))
+            self.shape = TREES.get(tree) or tuple((0,) * level for level in range(1, depth + 1))
         # One more than k: the release takes that many from p.
         self.table = None if codebook is None or not k else neighbour_table(codebook, k + 1)
         self.report = DecodeReport()
@@ -269,34 +228,47 @@ class Lantern(Published):
         Raises:
             InputError: see `Decoding`; for a draft of another vocabulary, codes beyond it.
         """
-        words = model.config.get_text_config().vocab_size
-        if self.draft.config.get_text_config().vocab_size != words:
-            raise InputError(f"the draft must have the model's {words} tokens")
-        if self.table is not None and self.offset + len(self.table) > words:
-            raise InputError(f"{len(self.table)} codes from token {self.offset} on: this model has {words} tokens")
+        learned = isinstance(self.draft, EagleDraft)
+        self._check(model, learned)
         rows = Decoding(
             "lantern", model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
         )  # fmt: skip
         self.report = rows.report
-        cached, draft = rows.cached(model), _Draft(rows, self.draft)
+        cached = rows.cached(model, keep_features=learned)
         scores = rows.scores(cached.prefill(), input_ids.new_empty(len(input_ids), 1, 0))
         rows.report.calls += 1
+        draft = FeatureDraft(rows, self.draft, cached) if learned else Draft(rows, self.draft)
         first = draw(scores.softmax(-1)) if rows.sample else scores.argmax(-1)
         rows.append(first, torch.ones_like(rows.length))
         while bool(rows.live.any()):
-            tree = self._dynamic(rows, draft) if self.tree == "dynamic" else self._static(rows, draft)
+            if self.shape is None:
+                tree = dynamic_tree(rows, draft, nodes=self.nodes, depth=self.depth, branches=self.branches)
+            else:
+                tree = static_tree(rows, draft, self.shape)
             # A chain needs no mask of its own.
-            visible = tree.visible if int(tree.children.shape[2]) > 1 else None
-            p = rows.scores(cached.score(tree.tokens, tree.depth, visible), tree.paths)
+            visible = tree.visible if tree.children.shape[2] > 1 else None
+            scores = rows.scores(cached.score(tree.tokens, tree.depth, visible), tree.paths)
             rows.report.calls += 1
-            kept, node, token = self._sample(tree, p.softmax(-1)) if rows.sample else self._greedy(tree, p)
+            kept, node, token = self._sample(tree, scores.softmax(-1)) if rows.sample else self._greedy(tree, scores)
             accepted = kept.sum(1, keepdim=True) - 1
             path = tree.paths.take_along_dim(node[:, None, None], 1).squeeze(1)
-            tokens = torch.cat([path, torch.zeros_like(path[:, :1])], 1).scatter(1, accepted, token.unsqueeze(1))
+            tokens = F.pad(path, (0, 1)).scatter(1, accepted, token.unsqueeze(1))
             rows.report.emitted.append(rows.append(tokens, accepted.squeeze(1) + 1))
             cached.keep(kept)
-            draft.keep(tree, kept, node)
+            draft.keep(tree, kept, node, cached.features if learned else None)
         return rows.result(cached.cache)
+
+    def _check(self, model: Any, learned: bool) -> None:
+        config = model.config.get_text_config()
+        if learned:
+            if self.draft.join.out_features != config.hidden_size:
+                raise InputError(f"the draft must be as wide as the model, {config.hidden_size}")
+        elif self.draft.config.get_text_config().vocab_size != config.vocab_size:
+            raise InputError(f"the draft must have the model's {config.vocab_size} tokens")
+        if self.table is not None and self.offset + len(self.table) > config.vocab_size:
+            raise InputError(
+                f"{len(self.table)} codes from token {self.offset} on: this model has {config.vocab_size} tokens"
+            )
 
     def relax(self, p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(...) what tokens x (...) borrow at distributions p (..., V), and (..., K) bool, of which neighbours.
@@ -398,104 +370,3 @@ class Lantern(Published):
         node = torch.where(reached, tree.depth, -1).argmax(1)
         row = torch.arange(len(p), device=p.device)
         return visible[row, node], node, scores[row, node].argmax(-1)
-
-    def _static(self, rows: Decoding, draft: _Draft) -> Tree:
-        """A tree of `self.tree`'s shape; children are drawn, or the most probable ones where rows are greedy."""
-        shape = [(), *self.tree]
-        number = {node: index for index, node in enumerate(shape)}
-        inner = {node[:-1] for node in shape[1:]}
-        batch, device = len(rows.ids), rows.ids.device
-        levels = max(map(len, shape))
-        parent = torch.tensor([number[node[:-1]] for node in shape], device=device).expand(batch, -1)
-        depth = torch.tensor([len(node) for node in shape], device=device).expand(batch, -1)
-        tokens = rows.last.expand(-1, len(shape)).clone()
-        paths = tokens.new_full((batch, len(shape), levels), -1)
-        entry = tokens.new_full((batch, len(shape)), -1)
-        scores, seen = draft.root()
-        entry[:, 0] = draft.root_entry
-        q = scores.new_zeros(batch, len(shape), scores.shape[2]) if rows.sample else None
-        fed: list[tuple[int, ...]] = [()]
-        for level in range(levels):
-            born = [node for node in shape if len(node) == level + 1]
-            widest = min(max(node[-1] for node in born) + 1, scores.shape[2])
-            if q is not None:
-                chances = scores.softmax(-1)
-                q[:, [number[node] for node in fed]] = chances
-                # The order of draws without replacement: the smallest of exponentials with these rates.
-                order = (chances / torch.empty_like(chances).exponential_()).topk(widest).indices
-            else:
-                order = scores.topk(widest).indices
-            at = [fed.index(node[:-1]) for node in born]
-            own = [number[node] for node in born]
-            tokens[:, own] = order[:, at, [min(node[-1], widest - 1) for node in born]]
-            paths[:, own] = paths[:, [number[node[:-1]] for node in born]]
-            paths[:, own, level] = tokens[:, own]
-            after = [node for node in born if node in inner]
-            if after:
-                numbers = [number[node] for node in after]
-                above = seen[:, [fed.index(node[:-1]) for node in after]]
-                scores, seen, begin = draft.feed(tokens[:, numbers], paths[:, numbers, : level + 1], above)
-                entry[:, numbers] = begin + torch.arange(len(after), device=device)
-                fed = after
-        return Tree(tokens, parent, depth, paths, q, entry)
-
-    def _dynamic(self, rows: Decoding, draft: _Draft) -> Tree:
-        """The tree of EAGLE-2: its shape follows the draft's probabilities, and differs between rows."""
-        batch, device = len(rows.ids), rows.ids.device
-        scores, seen = draft.root()
-        wide = min(self.branches, scores.shape[2])
-        # Nodes fed to the draft last: their numbers (0 is the root), joint log-probabilities and paths.
-        fed = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        joint, paths = scores.new_zeros(batch, 1), rows.ids.new_empty(batch, 1, 0)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        entry = torch.full((batch, 1 + wide + wide**2 * (self.depth - 1)), -1, device=device)
-        entry[:, 0] = draft.root_entry
-        count = 1
-        for level in range(self.depth):
-            best = scores.log_softmax(-1).topk(wide)
-            joints = (joint.unsqueeze(2) + best.values).flatten(1)
-            paths = torch.cat([paths.repeat_interleave(wide, 1), best.indices.flatten(1).unsqueeze(2)], 2)
-            parents = fed.repeat_interleave(wide, 1)
-            found.append((joints, parents, paths))
-            if level < self.depth - 1:
-                joint, chosen = joints.topk(wide)
-                paths = paths.take_along_dim(chosen.unsqueeze(2), 1)
-                fed = chosen + count
-                # Which of the nodes before is each one's parent, for what that has seen.
-                above = seen.take_along_dim((chosen // wide).unsqueeze(2), 1)
-                scores, seen, begin = draft.feed(paths[:, :, -1], paths, above)
-                entry.scatter_(1, fed, (begin + torch.arange(wide, device=device)).expand(batch, -1))
-            count += joints.shape[1]
-        joints = torch.cat([one for one, _, _ in found], 1)
-        # Stable, so that a parent comes before a child of the same joint probability.
-        picked = joints.argsort(dim=1, descending=True, stable=True)[:, : self.nodes].sort(1).values + 1
-        picked = torch.cat([torch.zeros_like(picked[:, :1]), picked], 1)
-        number = torch.zeros(batch, count, dtype=torch.long, device=device)
-        number.scatter_(1, picked, torch.arange(picked.shape[1], device=device).expand(batch, -1))
-
-        def gathered(values: list[Tensor], root: Tensor) -> Tensor:
-            return torch.cat([root, *values], 1).gather(1, picked)
-
-        zero = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        parent = number.gather(1, gathered([one for _, one, _ in found], zero))
-        tokens = gathered([one[:, :, -1] for _, _, one in found], rows.last)
-        depth = gathered([torch.full_like(one[:, :, 0], one.shape[2]) for _, _, one in found], zero)
-        full = [torch.nn.functional.pad(one, (0, self.depth - one.shape[2]), value=-1) for _, _, one in found]
-        paths = torch.cat([zero.new_full((batch, 1, self.depth), -1), *full], 1)
-        paths = paths.take_along_dim(picked.unsqueeze(2), 1)
-        return Tree(tokens, parent, depth, paths, None, entry.gather(1, picked))
-
-
-def _checked(tree: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Nodes of a static tree, parents before children and siblings in order; InputError where it is none."""
-    try:
-        nodes = {tuple(whole("tree", rank) for rank in node) for node in tree}
-    except TypeError:
-        nodes = set()
-    before = {node[:-1] for node in nodes} | {(*node[:-1], node[-1] - 1) for node in nodes if node and node[-1]}
-    if not nodes or () in nodes or before - nodes - {()}:
-        raise InputError(
-            "tree must be 'dynamic', 'chain', a name in TREES or a list of nodes, each the ranks on the way to it, "
-            "with every parent and every earlier sibling"
-        )
-    return tuple(sorted(nodes, key=lambda node: (len(node), node)))
