@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from foveate import train, zoo
 from foveate.data.scenes import CaptionedScenes, Scenes, stacked
 from foveate.method import InputError
 from foveate.nn.codes import Codes
+from foveate.train import loop
 from foveate.train.tiny_vq import REVIVE_EVERY, TinyVq, TinyVqSettings
 
 
@@ -43,7 +45,7 @@ def nearest(latents: Tensor, codes: Tensor) -> Tensor:
     for b in range(latents.shape[0]):
         for i in range(latents.shape[2]):
             for j in range(latents.shape[3]):
-                found[b, :, i, j] = min(codes, key=lambda code: float((latents[b, :, i, j] - code).norm()))
+                found[b, :, i, j] = min(codes, key=lambda code: float((latents[b, :, i, j] - code).detach().norm()))
     return found
 
 
@@ -139,6 +141,17 @@ def test_smoke_run_is_complete(tmp_path: Path) -> None:
     torch.testing.assert_close(decode(vq, codes), (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
     rows = nearest(latents[:1], vq.quantize.embedding.weight)[0].flatten(1).T
     assert torch.equal(F.embedding(codes.ids[0], vq.quantize.embedding.weight), rows)
+
+
+def test_an_interrupted_run_gives_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.train.tiny_vq.REVIVE_EVERY", 2)
+    options = {**TinyVq.smoke, "steps": 5, "threads": 1, "perceptual": 0.0}
+    loop.train(TinyVq, out=tmp_path / "whole", stop_after=4, **options)
+    for last in (2, 4):
+        loop.train(TinyVq, out=tmp_path / "parts", stop_after=last, **options)
+    whole, parts = (load_file(tmp_path / name / "checkpoint-0000004/model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert int(parts["calls"]) == 4 and int(parts["uses"].sum()) == 4 * 64
 
 
 @pytest.mark.parametrize(

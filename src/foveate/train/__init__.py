@@ -14,6 +14,8 @@ _RECIPES = {
     "tiny-llava": ("tiny_llava", "TinyLlava"),
     "tiny-onevision": ("tiny_onevision", "TinyOnevision"),
     "tiny-vq": ("tiny_vq", "TinyVq"),
+    "tiny-ar": ("tiny_ar", "TinyAr"),
+    "tiny-ar-draft": ("tiny_ar", "TinyArDraft"),
     "tiny-vae": ("tiny_vae", "TinyVae"),
     "tiny-dit": ("tiny_dit", "TinyDit"),
     "tiny-dit-small": ("tiny_dit", "TinyDitSmall"),

@@ -130,7 +130,7 @@ class TinyVq(Recipe):
 
         self.settings = settings
         self.vq = build_vq(width=settings.width, codes=settings.codes)
-        self.model = VqObjective(self.vq, Judge(), settings.free_steps)
+        self.model: VqObjective = VqObjective(self.vq, Judge(), settings.free_steps)
         self.scenes, self.crops = CaptionedScenes("train", seed, size=SIDE), crops("train", seed)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:

@@ -39,9 +39,11 @@ def path(name: str) -> Path:
 def load(name: str) -> Any:
     """The model in float32 and eval mode: for `tiny-vit` a timm `VisionTransformer` (see `zoo/vit.py`), for
     `tiny-llava` a transformers `LlavaForConditionalGeneration`, for `tiny-onevision` a
-    `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`), for `tiny-vae` a
-    diffusers `AutoencoderKL`, for `tiny-dit` and `tiny-dit-small` a `LuminaPipeline`, for `tiny-sd` a
-    `StableDiffusionPipeline`. Raises InputError for an unknown name."""
+    `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`), for `tiny-vq` a
+    diffusers `VQModel`, for `tiny-ar` and `tiny-ar-draft` a transformers `LlamaForCausalLM` (`zoo/ar.py` loads it with
+    what it needs to read captions and to paint), for `tiny-vae` a diffusers `AutoencoderKL`, for `tiny-dit` and
+    `tiny-dit-small` a `LuminaPipeline`, for `tiny-sd` a `StableDiffusionPipeline`. Raises InputError for an unknown
+    name."""
     return load_folder(path(name))
 
 
@@ -54,9 +56,10 @@ def load_folder(folder: str | Path) -> Any:
     if "_class_name" in config:
         return need_diffusers().AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
     if "model_type" in config:
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).eval()
+        auto = AutoModelForCausalLM if config["model_type"] == "llama" else AutoModelForImageTextToText
+        return auto.from_pretrained(folder, local_files_only=True).eval()
     # Imported on demand, as all models are: names and folders are asked for by commands that load none.
     from foveate.zoo.detector import is_detector, load_detector
 
