@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -25,10 +26,10 @@ from foveate.cli_common import (
     unknown_words,
 )
 from foveate.configuration import is_file, load_configuration
-from foveate.method import InputError, Method, build, did_you_mean
+from foveate.method import InputError, Published, did_you_mean, published_class
 
 if TYPE_CHECKING:
-    from foveate.generate import Column, DiffusionGenerator
+    from foveate.generate import Column, Generator
 
 SHEET, RECORD = "contact-sheet.png", "generation.json"
 
@@ -38,8 +39,8 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            help="A text-to-image pipeline of diffusers: shipped, a local folder, or a hub id OWNER/NAME (which is "
-            "downloaded)."
+            help="A text-to-image pipeline of diffusers, shipped, a local folder, or a hub id OWNER/NAME (which is "
+            "downloaded); or an autoregressive model, shipped or a folder that `foveate train tiny-ar` wrote."
         ),
     ],
     methods: Annotated[
@@ -48,6 +49,9 @@ def generate(
             help="Comma-separated names (see `foveate methods`) and configuration files (FILE.json), or all that "
             "there are for such a model. Without it: the model alone."
         ),
+    ] = None,
+    small: Annotated[
+        str | None, typer.Option(help="A smaller model of the kind of --model, for methods that take one.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first noise, the same for every prompt and method.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Of the sampler [the pipeline's own].")] = None,
@@ -66,7 +70,7 @@ def generate(
     if not all(one.strip() for one in prompt):
         raise InputError("--prompt is empty")
     prompts = list(dict.fromkeys(prompt))
-    entries = _entries(methods)
+    names = _names(methods)
     for option, value, least in (
         ("--seed", seed, 0),
         ("--steps", steps, 1),
@@ -77,62 +81,79 @@ def generate(
     kind = check_dtype(dtype)
     check_folder(out)
     source = _find(model)
+    smaller = None if small is None else (small, _find(small))
     accelerator = make_accelerator(device)
 
-    from foveate.generate import DiffusionGenerator, compare_pictures, load_pipeline
+    from foveate.generate import Column, compare_pictures, load_generator
 
-    pipeline = load_pipeline(model, source, str(accelerator.device) if device == "auto" else device, kind)
-    generator = DiffusionGenerator(
-        pipeline, seed=seed, steps=steps, guidance=guidance, height=height, width=width
-    )  # fmt: skip
-    every = entries is None
-    if entries is None:
-        entries = {slug: [build(slug)] for slug in generator.methods}
+    place = str(accelerator.device) if device == "auto" else device
+    generator = load_generator(
+        model, source, place, kind, smaller, seed=seed, steps=steps, guidance=guidance, height=height, width=width
+    )
+    entries, refused = _entries(names, generator)
     with progress_bar() as advance:
-        columns = compare_pictures(generator, prompts, entries, refusable=every, on_progress=advance)
-    write_files(out, _files(model, generator, prompts, columns))
+        columns = compare_pictures(generator, prompts, entries, refusable=names is None, on_progress=advance)
+    columns += [Column(label, refused=reason) for label, reason in refused.items()]
+    write_files(out, _files(model, small, generator, prompts, columns))
     for column in columns:
         if column.refused:
             print(f"note: {column.label} left out: {column.refused}", file=sys.stderr)
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    if tokenizer is not None and (words := unknown_words(tokenizer, prompts)):
+    if generator.tokenizer is not None and (words := unknown_words(generator.tokenizer, prompts)):
         print(f"note: {model} was not taught {', '.join(words)}", file=sys.stderr)
     console = make_console()
     console.print(_table([column for column in columns if not column.refused]))
     console.print(f"[bright_black]{escape(str(out / SHEET))} · {escape(str(out / RECORD))}[/]")
 
 
-def _entries(text: str | None) -> dict[str, Sequence[Method]] | None:
-    """label -> methods at work together; None for all that there are."""
-    if text is None:
-        return {}
-    if text.strip() == ALL:
+def _names(text: str | None) -> dict[str, str] | None:
+    """label -> method or configuration file; None for all methods that there are. InputError for what there is not."""
+    if text is not None and text.strip() == ALL:
         return None
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not names:
+    names = list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    if text is not None and not names:
         raise InputError("--methods: no name given; `foveate methods` lists them")
-    entries: dict[str, Sequence[Method]] = {}
+    labels: dict[str, str] = {}
     for name in names:
         label = Path(name).stem if is_file(name) else name
-        if label in entries or label == "dense":
+        if label in labels or label == "dense":
             raise InputError(f"--methods: two columns would be named {label!r}; rename the file")
-        entries[label] = load_configuration(name) if is_file(name) else [build(name)]
-    return entries
+        labels[label] = name
+        _ = load_configuration(name) if is_file(name) else published_class(name)
+    return labels
+
+
+def _entries(
+    names: dict[str, str] | None, generator: Generator
+) -> tuple[dict[str, Sequence[Published]], dict[str, str]]:
+    """label -> methods that are at work together; and why others, of all that there are, cannot be."""
+    entries: dict[str, Sequence[Published]] = {}
+    refused = {}
+    for label, name in ({slug: slug for slug in generator.methods} if names is None else names).items():
+        try:
+            entries[label] = load_configuration(name) if is_file(name) else generator.build(name)
+        except InputError as error:
+            if names is not None:
+                raise
+            refused[label] = str(error)
+    return entries, refused
 
 
 def _find(name: str) -> str:
     """What diffusers loads `name` from: a folder or a hub id. InputError where it is neither."""
     from foveate import zoo
 
-    shipped = [one for one in zoo.names() if (zoo.path(one) / "model_index.json").is_file()]
+    shipped = [one for one in zoo.names() if _generates(zoo.path(one))]
     if name in shipped:
         return str(zoo.path(name))
     hint = f" (shipped: {', '.join(shipped)})" if shipped else ""
     if name in zoo.names():
-        raise InputError(f"{name} makes no pictures of prompts; this command needs a pipeline that does{hint}")
+        raise InputError(f"{name} makes no pictures of prompts; this command needs a model that does{hint}")
     if Path(name).exists():
-        if not (Path(name) / "model_index.json").is_file():
-            raise InputError(f"{name}: no pipeline here; the folder of one has a model_index.json")
+        if not _generates(Path(name)):
+            raise InputError(
+                f"{name}: no generator here; the folder of a pipeline has a model_index.json, that of an "
+                "autoregressive model a folder vq"
+            )
         return name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
@@ -140,19 +161,24 @@ def _find(name: str) -> str:
     raise InputError(f"unknown model {name!r}: neither shipped{near}, nor a folder here, nor a hub id OWNER/NAME")
 
 
+def _generates(folder: Path) -> bool:
+    from foveate.generate import is_causal
+
+    return is_causal(folder) or (folder / "model_index.json").is_file()
+
+
 def _files(
-    model: str, generator: DiffusionGenerator, prompts: Sequence[str], columns: Sequence[Column]
+    model: str, small: str | None, generator: Generator, prompts: Sequence[str], columns: Sequence[Column]
 ) -> dict[str, str | bytes]:  # fmt: skip
     import json
 
-    from foveate.configuration import describe
     from foveate.measure.environment import environment
     from foveate.report.contact_sheet import contact_sheet
 
     files: dict[str, str | bytes] = {SHEET: _png(contact_sheet(prompts, columns))}
     runs: list[dict[str, Any]] = []
     for column in columns:
-        run: dict[str, Any] = {"label": column.label, "methods": describe(column.methods)}
+        run: dict[str, Any] = {"label": column.label, "methods": [_described(one) for one in column.methods]}
         runs.append(run)
         if column.refused:
             run["refused"] = column.refused
@@ -163,16 +189,23 @@ def _files(
             "steps": column.steps, "calls": dict(column.calls), "flops": column.flops,
             "seconds": round(column.seconds, 4), "pictures": names,
         }  # fmt: skip
-    pipeline = generator.pipeline
     record = {
-        "model": {"name": model, "pipeline": type(pipeline).__name__, "scheduler": type(pipeline.scheduler).__name__},
+        "model": {"name": model, **generator.facts, "small": small},
         "prompts": list(prompts),
         "settings": generator.settings,
         "runs": runs,
-        "environment": environment(generator.device, pipeline.dtype, generator.seed),
+        "environment": environment(generator.device, generator.dtype, generator.seed),
     }
     files[RECORD] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     return files
+
+
+def _described(method: Published) -> dict[str, Any]:
+    """A method with those of its settings that are JSON values: not models and their weights."""
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    values = ((name, getattr(method, name, ...)) for name in inspect.signature(type(method)).parameters)
+    settings = {name: value for name, value in values if isinstance(value, plain)}
+    return {"method": method.card.slug, "settings": settings}
 
 
 def _png(picture: Any) -> bytes:

@@ -1,8 +1,9 @@
-"""Pictures of prompts from the same noise: by a diffusion pipeline as it is, and with each of several methods at work.
+"""Pictures of prompts from the same noise: by a generator as it is, and with each of several methods at work.
 
 ```python
-columns = compare_pictures(DiffusionGenerator(pipeline, steps=20), ["a frog"], {"a-star": ["a-star"]})
-contact_sheet(["a frog"], columns).save("sheet.png")
+generator = DiffusionGenerator(pipeline, steps=20)
+columns = compare_pictures(generator, ["a cat and a frog"], {"a-star": generator.build("a-star")})
+contact_sheet(["a cat and a frog"], columns).save("sheet.png")
 ```
 """
 
@@ -14,18 +15,23 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 import foveate
 from foveate.measure.flops import flop_counter
 from foveate.measure.timing import seconds
-from foveate.method import InputError, Method, registry
+from foveate.method import InputError, Method, Published, build, published, published_class, registry
+from foveate.nn.calls import denoiser_of
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from foveate.zoo.ar import PictureGenerator
 
 DENSE = "dense"
 
@@ -39,17 +45,18 @@ class Column:
 
     Attributes:
         label: what it is called.
-        methods: that were at work, with their settings.
+        methods: that were at work.
         pictures: one a prompt.
-        steps: of the sampler, for one picture.
-        calls: how often each model ran, over all prompts: its name -> count.
-        flops: over all prompts, text encoder and decoder included.
+        steps: of the sampler, or tokens of an autoregressive model, for one picture.
+        calls: how often each model ran, over all prompts: its name -> count. The two branches of an autoregressive
+            model's guidance are one run, whether it makes them together or not.
+        flops: over all prompts, reading the prompt and decoding the picture included.
         seconds: the same, in a run of its own after the one that FLOPs were counted in.
         refused: why it cannot be had here, "" where it can.
     """
 
     label: str
-    methods: tuple[Method, ...] = ()
+    methods: tuple[Published, ...] = ()
     pictures: tuple[Image.Image, ...] = ()
     steps: int = 0
     calls: Mapping[str, int] = field(default_factory=dict)
@@ -58,11 +65,49 @@ class Column:
     refused: str = ""
 
 
+class Generator(Protocol):
+    """What makes pictures of prompts."""
+
+    seed: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reads prompts, None where that is not known."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is, as JSON values."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was told, as JSON values."""
+
+    @property
+    def methods(self) -> list[str]:
+        """Registered methods for such a generator."""
+
+    def build(self, slug: str) -> tuple[Published, ...]:
+        """A method with its defaults. InputError where it is none for such a generator, or needs more than there is."""
+
+    def at_work(self, methods: Sequence[Any]) -> contextlib.AbstractContextManager[Counter[str]]:
+        """Has methods at work for the time of a block; the counter is of runs of models in it, see `Column`."""
+
+    def make(self, prompt: str, advance: Callable[[int, int], None]) -> tuple[Image.Image, int]:
+        """A picture, and how many steps it took; `advance` is told how many of how many are done."""
+
+
 class DiffusionGenerator:
     """A text-to-image pipeline of diffusers.
 
     Args:
         pipeline: on its device; its components stay as they are.
+        small: a smaller one, for methods that take such.
         seed: of the first noise, which is the same for every prompt and method.
         steps, guidance, height, width: None for what the pipeline does without being told.
 
@@ -74,13 +119,16 @@ class DiffusionGenerator:
         self,
         pipeline: Any,
         *,
+        small: Any = None,
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> None:
-        self.pipeline, self.seed = pipeline, seed
+        if (height is None) != (width is None):
+            raise InputError("height and width go together: most pipelines do not heed one alone")
+        self.pipeline, self.small, self.seed = pipeline, small, seed
         asked = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
         self.settings = {name: value for name, value in asked.items() if value is not None}
         check_call(type(pipeline), self.settings)
@@ -90,30 +138,43 @@ class DiffusionGenerator:
         return torch.device(self.pipeline.device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.pipeline.dtype
+        return dtype
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.pipeline, "tokenizer", None)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"class": type(self.pipeline).__name__, "scheduler": type(self.pipeline.scheduler).__name__}
+
+    @property
     def methods(self) -> list[str]:
-        """Registered methods for such a model."""
         return [slug for slug, cls in registry().items() if "diffusers" in cls.card.hosts and not cls.card.baseline]
+
+    def build(self, slug: str) -> tuple[Published, ...]:
+        cls = published_class(slug)
+        if "diffusers" not in cls.card.hosts:
+            raise InputError(f"{slug} is no method for pipelines of diffusers; there are {', '.join(self.methods)}")
+        return (build(slug, _told(cls, {"small": self.small})),)
 
     @contextlib.contextmanager
     def at_work(self, methods: Sequence[Method]) -> Iterator[Counter[str]]:
-        """Has methods applied for the time of a block; the counter is of runs of the models in it."""
         calls: Counter[str] = Counter()
+        models: dict[str, Any] = {"denoiser": denoiser_of(self.pipeline)}
+        for method in methods:
+            given = method.hyperparameters().get("small", ())
+            for number, one in enumerate(given if isinstance(given, list | tuple) else [given]):
+                models[f"small denoiser {number}" if number else "small denoiser"] = denoiser_of(one)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(counting(self._models(methods), calls))
+            stack.enter_context(counting(models, calls))
             if methods:
                 stack.enter_context(foveate.apply(self.pipeline, list(methods)))
             yield calls
 
-    def _models(self, methods: Iterable[Method]) -> dict[str, nn.Module]:
-        """The denoiser, and models that methods bring along."""
-        name = "unet" if getattr(self.pipeline, "unet", None) is not None else "transformer"
-        models = {name: getattr(self.pipeline, name)}
-        for method in methods:
-            models |= {key: one for key, one in method.hyperparameters().items() if isinstance(one, nn.Module)}
-        return models
-
     def make(self, prompt: str, advance: Callable[[int, int], None]) -> tuple[Image.Image, int]:
-        """A picture, and how many steps it took; `advance` is told how many of how many are done."""
         steps = 0
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> _Progress:
@@ -142,10 +203,104 @@ class DiffusionGenerator:
         return made.images[0], steps
 
 
+class CausalGenerator:
+    """An autoregressive model that writes pictures as codes: one of `foveate.zoo.ar`.
+
+    Args:
+        generator: on its device.
+        small: a smaller one, for methods that take a draft.
+        seed: of the random numbers that codes are drawn with. Methods draw other numbers of them than the model alone.
+        guidance: None for the model's own.
+    """
+
+    def __init__(
+        self,
+        generator: PictureGenerator,
+        *,
+        small: PictureGenerator | None = None,
+        seed: int = 0,
+        guidance: float | None = None,
+    ) -> None:
+        self.generator, self.small, self.seed = generator, small, seed
+        self.settings = {} if guidance is None else {"guidance_scale": guidance}
+        self._decoder: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.generator.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.generator.model.dtype
+        return dtype
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.generator.tokenizer
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        model: Any = self.generator.model
+        return {"class": type(model).__name__, "pictures": type(self.generator.vq).__name__}
+
+    @property
+    def methods(self) -> list[str]:
+        return [slug for slug, cls in published().items() if cls.card.kind == "decode"]
+
+    def build(self, slug: str) -> tuple[Published, ...]:
+        cls = published_class(slug)
+        if cls.card.kind != "decode":
+            raise InputError(f"{slug} is no method for autoregressive models; there are {', '.join(self.methods)}")
+        first, end = self.generator.codes
+        known: dict[str, Any] = {
+            "codes": (first, end), "row": self.generator.grid[1], "offset": first,
+            "codebook": self.generator.vq.quantize.embedding.weight.detach(),
+            "draft": None if self.small is None else self.small.model,
+        }  # fmt: skip
+        return (cls(**_told(cls, known)),)
+
+    @contextlib.contextmanager
+    def at_work(self, methods: Sequence[Any]) -> Iterator[Counter[str]]:
+        if len(methods) > 1:
+            raise InputError("one method decodes at a time")
+        self._decoder, self._calls = next(iter(methods), None), Counter[str]()
+        try:
+            yield self._calls
+        finally:
+            self._decoder = None
+
+    def make(self, prompt: str, advance: Callable[[int, int], None]) -> tuple[Image.Image, int]:
+        from torchvision.transforms.v2.functional import to_pil_image
+        from transformers import StoppingCriteriaList
+
+        model: Any = self.generator.model
+        given = self.generator.prompts([prompt])
+        start, total = given["input_ids"].shape[1], self.generator.grid[0] * self.generator.grid[1]
+
+        def note(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            advance(ids.shape[1] - start, total)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        settings: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([note]), **self.settings}
+        if self._decoder is not None:
+            settings["custom_generate"] = self._decoder
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(self.seed)
+            sequences = model.generate(**given, **settings)
+            picture = to_pil_image(self.generator.pictures(sequences)[0])
+        if self._decoder is None:
+            self._calls["model"] += sequences.shape[1] - start
+        else:
+            self._calls["model"] += self._decoder.report.calls
+            if self._decoder.report.draft_calls:
+                self._calls["draft"] += self._decoder.report.draft_calls
+        return picture, sequences.shape[1] - start
+
+
 def compare_pictures(
-    generator: DiffusionGenerator,
+    generator: Generator,
     prompts: Sequence[str],
-    entries: Mapping[str, Sequence[Method]],
+    entries: Mapping[str, Sequence[Published]],
     *,
     refusable: bool = False,
     on_progress: Advance = lambda done, total, text: None,
@@ -159,7 +314,7 @@ def compare_pictures(
             that is an InputError.
     """
     columns = []
-    everything: dict[str, Sequence[Method]] = {DENSE: (), **entries}
+    everything: dict[str, Sequence[Published]] = {DENSE: (), **entries}
     for number, (label, methods) in enumerate(everything.items()):
 
         def advance(done: int, total: int, label: str = label, number: int = number) -> None:
@@ -175,7 +330,7 @@ def compare_pictures(
 
 
 def _column(
-    generator: DiffusionGenerator, prompts: Sequence[str], label: str, methods: tuple[Method, ...],
+    generator: Generator, prompts: Sequence[str], label: str, methods: tuple[Published, ...],
     advance: Callable[[int, int], None],
 ) -> Column:  # fmt: skip
     runs = 0
@@ -215,11 +370,11 @@ def counting(models: Mapping[str, nn.Module], calls: Counter[str]) -> Iterator[N
             model.__dict__["forward"] = functools.wraps(own)(functools.partial(forward, name, own))
         yield
     finally:
-        for model, own in before:
-            if own is None:
+        for model, replaced in before:
+            if replaced is None:
                 model.__dict__.pop("forward", None)
             else:
-                model.__dict__["forward"] = own
+                model.__dict__["forward"] = replaced
 
 
 class _Progress:
@@ -245,35 +400,85 @@ class _Progress:
         pass
 
 
-def load_pipeline(name: str, source: str, device: str, dtype: str) -> Any:
-    """The pipeline of diffusers that `source`, a folder or a hub id, holds.
+def load_generator(
+    name: str, source: str, device: str, dtype: str, small: tuple[str, str] | None = None, **settings: Any
+) -> Generator:
+    """The generator that `source`, a folder or a hub id, holds.
 
     Args:
         name: what the user calls it.
-        dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
+        dtype: "auto" is float32 on a CPU and, of pipelines, bfloat16 elsewhere.
+        small: name and source of a smaller one of its kind.
+        settings: `DiffusionGenerator`'s; None for what is not asked.
 
     Raises:
-        InputError: what cannot be loaded, needs code of its own, or makes no pictures of prompts.
+        InputError: what cannot be loaded, needs code of its own, makes no pictures of prompts, or takes no such
+            setting.
     """
+    sources = [(name, source)] + ([small] if small else [])
+    causal = {is_causal(one) for _, one in sources}
+    if len(causal) > 1:
+        raise InputError(f"{' and '.join(one for one, _ in sources)} are not of one kind")
+    if causal == {False}:
+        pipelines = [_load_pipeline(*one, device, dtype) for one in sources]
+        return DiffusionGenerator(pipelines[0], small=pipelines[1] if small else None, **settings)
+    if foreign := [key for key in ("steps", "height", "width") if settings.pop(key, None) is not None]:
+        raise InputError(f"{name} is an autoregressive model: it takes no {foreign[0]}")
+    models = [_load_causal(*one, device, dtype) for one in sources]
+    return CausalGenerator(models[0], small=models[1] if small else None, **settings)
+
+
+def is_causal(source: str | Path) -> bool:
+    """Whether a folder is that of an autoregressive model of `foveate.zoo.ar`."""
+    file = Path(source) / "config.json"
+    return file.is_file() and "vq_fingerprint" in file.read_text(encoding="utf-8")
+
+
+def _load_causal(name: str, source: str, device: str, dtype: str) -> PictureGenerator:
+    from foveate.zoo.ar import load_generator as load
+
+    with _loading(name):
+        generator = load(source)
+    if dtype != "auto":
+        generator.model.to(getattr(torch, dtype))
+    generator.model.to(device)
+    generator.vq.to(device)
+    return generator
+
+
+def _load_pipeline(name: str, source: str, device: str, dtype: str) -> Any:
     from foveate.zoo import need_diffusers
 
     diffusers = need_diffusers()
-    diffusers.utils.logging.set_verbosity_error()
     kind = (torch.float32 if device == "cpu" else torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)
-    try:
+    with _loading(name):
         # What it is, before the weights are downloaded.
-        names = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
-        cls = getattr(diffusers, names, None) if isinstance(names, str) else None
+        called = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
+        cls = getattr(diffusers, called, None) if isinstance(called, str) else None
         if cls is None:
-            raise InputError(f"{name} is no pipeline of this version of diffusers, but a {names}")
+            raise InputError(f"{name} is no pipeline of this version of diffusers, but a {called}")
         check_call(cls, {})
-        pipeline = cls.from_pretrained(source, torch_dtype=kind, use_safetensors=True)
+        return cls.from_pretrained(source, dtype=kind, use_safetensors=True).to(device)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What a model's folder has wrong with it becomes one line."""
+    import transformers
+
+    from foveate.zoo import need_diffusers
+
+    # Bars for what takes moments; that of downloads is the hub's own, and stays.
+    for logging in (need_diffusers().utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    try:
+        yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{name} cannot be loaded: {reason[:300]}") from None
-    return pipeline.to(device)
 
 
 def check_call(cls: type, settings: Iterable[str]) -> None:
@@ -284,6 +489,15 @@ def check_call(cls: type, settings: Iterable[str]) -> None:
     for name in settings:
         if name not in takes:
             raise InputError(f"{cls.__name__} takes no {name}")
+
+
+def _told(cls: type[Published], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known here of a method's arguments. InputError where it cannot do without one that is not."""
+    takes = inspect.signature(cls).parameters
+    given = {name: value for name, value in known.items() if name in takes and value is not None}
+    if missing := [name for name, one in takes.items() if one.default is one.empty and name not in given]:
+        raise InputError(f"{cls.card.slug} needs {missing[0]}: {dict(cls.card.parameters)[missing[0]]}")
+    return given
 
 
 def _raised_in(error: BaseException, function: str) -> bool:
