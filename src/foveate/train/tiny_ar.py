@@ -40,9 +40,9 @@ class TinyArSettings(Settings):
         guidance_scale: with which pictures are made.
     """
 
-    steps: int = 5000
+    steps: int = 3200
     batch: int = 48
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     warmup: int = 200
     weight_decay: float = 0.05
     test_scenes: int = 1000
@@ -70,7 +70,10 @@ class TinyArSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TinyArDraftSettings(TinyArSettings):
+    """The same, smaller."""
+
     steps: int = 4000
+    lr: float = 2e-3
     layers: int = 2
     width: int = 96
     heads: int = 3
