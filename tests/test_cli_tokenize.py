@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from foveate.data.code_file import CodeFile
+from foveate.method import InputError
 from foveate.methods.tokenize.one_d_piece import OneDPiece
 from foveate.methods.tokenize.titok import TiTok
 from foveate.nn.codes import Codes
-from foveate.tokenize import Reconstruct, Tokenize
+from foveate.tokenize import Reconstruct, Tokenize, _Worker, find_files, on_ray
 from foveate.zoo.tokenizer import fingerprint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -258,6 +259,35 @@ def test_a_file_that_cannot_be_written_ends_the_job(run: Run, home: Path) -> Non
     (home / "codes/b.jpg.codes/full").mkdir(parents=True)
     code, _, err = run("tokenize", "in", "--tokenizer", "piece", "--out", "codes")
     assert code == 2 and err.startswith("error: ") and "b.jpg.codes" in err and err.count("\n") == 1
+
+
+def test_a_name_that_is_too_long_is_a_broken_file(run: Run, home: Path) -> None:
+    (home / "in/a.png").rename(home / "in" / f"{'a' * 250}.png")
+    code, out, err = run("tokenize", "in", "--tokenizer", "piece", "--out", "codes")
+    assert code == 1 and "2 written, 1 could not be read" in out and "its name is too long" in err
+
+
+def test_a_ray_worker_that_cannot_work_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Tokenize(str(home / "piece"), batch=2)
+    pairs = find_files([home / "in"], home / "codes", Tokenize)
+    rows = {
+        "number": np.arange(3),
+        "source": np.array([str(one.source) for one in pairs]),
+        "target": np.array([str(one.target) for one in pairs]),
+    }
+    other = _Worker(Tokenize, job.arguments, "0" * 16)(rows)
+    assert other["state"] == ["failed"] and "other weights on the machine" in other["reason"][0]
+    gone = _Worker(Tokenize, job.arguments | {"tokenizer": str(home / "gone")}, job.fingerprint)(rows)
+    assert gone["state"] == ["failed"] and "unknown tokenizer" in gone["reason"][0]
+    (home / "codes").write_text("in the way")
+    full = _Worker(Tokenize, job.arguments, job.fingerprint)(rows)
+    assert full["state"] == ["failed"] and "codes" in full["reason"][0]
+    (home / "codes").unlink()
+    good = _Worker(Tokenize, job.arguments, job.fingerprint)(rows)
+    assert good["state"] == ["written"] * 3 and sorted(good["number"]) == [0, 1, 2]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="needs Ray Data: pip install"):
+        next(on_ray(job, pairs, 2))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -82,7 +82,7 @@ app.command()(cli_tokenize.reconstruct)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line (that of the process if None) and exits: 0, 1 (a claim, or a file, failed), 2 (bad input), 130."""
+    """Runs a command line (that of the process if None) and exits: 0, 1 (claim or file failed), 2 (bad input), 130."""
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="foveate")
         sys.stdout.flush()

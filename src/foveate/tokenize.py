@@ -7,6 +7,7 @@ where it was, and files that cannot be read are told and do not stop the others.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -177,7 +178,12 @@ class Job(ABC):
             return one
         pair, result = one
         content = self.store(result)
-        write_files(pair.target.parent, {pair.target.name: content})
+        try:
+            write_files(pair.target.parent, {pair.target.name: content})
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return Outcome(pair, "broken", reason=f"{pair.source}: its name is too long to become {pair.target.name}")
         return Outcome(pair, "written", len(content))
 
 
