@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from foveate import zoo
 from foveate.data.scenes import caption_words
 from foveate.method import InputError
 from foveate.train.tiny_vae import save
@@ -88,7 +89,7 @@ def test_drawing_is_sampling_from_a_seed(generator: PictureGenerator) -> None:
     assert torch.equal(greedy, generator.draw(captions, seed=7, do_sample=False))
 
 
-def test_a_folder_gives_back_what_was_saved(tmp_path: Path) -> None:
+def test_a_folder_gives_back_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = built()
     (tmp_path / VQ).mkdir()
     save(generator.model, tmp_path)
@@ -99,6 +100,11 @@ def test_a_folder_gives_back_what_was_saved(tmp_path: Path) -> None:
     assert not loaded.model.training and loaded.grid == (2, 3) and loaded.codes == generator.codes
     captions = ["a dog at the top left", "a fox"]
     assert torch.equal(loaded.draw(captions, seed=2), generator.draw(captions, seed=2))
+    # One that was trained with the zoo's tokenizer has no copy of it.
+    (tmp_path / VQ).rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(zoo, "path", {"tiny-vq": tmp_path / "elsewhere"}.__getitem__)
+    assert torch.equal(load_generator(tmp_path).draw(captions, seed=2), loaded.draw(captions, seed=2))
+    (tmp_path / "elsewhere").rename(tmp_path / VQ)
     with pytest.raises(InputError, match="no generator of pictures"):
         load_generator(tmp_path / VQ)
     with torch.no_grad():
