@@ -220,6 +220,15 @@ def test_noise_prediction_loss(vae: Path, tmp_path: Path) -> None:
     assert float(loss.detach()) == pytest.approx(total + 0.7 * np.mean(entropy), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", [TinyDit, TinySd])
+def test_every_trained_weight_takes_part(kind: Any, vae: Path, tmp_path: Path) -> None:
+    """As training in several processes demands."""
+    made = recipe(kind, kind.settings_type, vae, tmp_path)
+    enliven(made.model)
+    made.loss(made.model, made.batch(0, 0, 1))[0].backward()
+    assert [name for name, p in made.model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_smoke_run_of_the_transformers(dit: Path, vae: Path, tmp_path: Path) -> None:
     """Both sizes are complete pipelines of one latent space, whose text encoder is the same."""
     large = zoo.load_folder(dit)

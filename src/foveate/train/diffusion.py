@@ -37,13 +37,15 @@ PATCHES = 8
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionSettings(Settings):
-    """Attributes:
-    vae: folder of a trained tiny-vae, or "zoo"; "" takes the zoo's, or trains one first where there is none.
-    latents: file of encoded scenes; "" is OUT/latents.safetensors. It is made where it is not there.
-    pictures: scenes that are encoded.
-    drop: share of captions that are left out in training, for classifier-free guidance.
-    objects_weight: of the loss on which object lies where.
-    guidance_scale, inference_steps: with which the evaluation's pictures are made.
+    """What every recipe of a diffusion model can be told besides.
+
+    Attributes:
+        vae: folder of a trained tiny-vae, or "zoo"; "" takes the zoo's, or trains one first where there is none.
+        latents: file of encoded scenes; "" is OUT/latents.safetensors. It is made where it is not there.
+        pictures: scenes that are encoded.
+        drop: share of captions that are left out in training, for classifier-free guidance.
+        objects_weight: of the loss on which object lies where.
+        guidance_scale, inference_steps: with which the evaluation's pictures are made.
     """
 
     batch: int = 32
