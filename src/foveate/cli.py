@@ -10,38 +10,24 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate import cli_detect, cli_generate, cli_probe, cli_tokenize, cli_tune
+from foveate import cli_compare, cli_detect, cli_generate, cli_probe, cli_tokenize, cli_tune
 from foveate.cli_common import (
-    DEFAULT_FRAMES,
-    DeviceOption,
-    DtypeOption,
-    QuestionsOption,
     at_least,
-    check_dtype,
-    find_model,
-    is_main_process,
-    load_model,
-    make_accelerator,
+    fail,
     make_console,
-    parse_methods,
     parse_setting,
-    printable,
     progress_bar,
-    read_samples,
-    unknown_words,
 )
 from foveate.method import (
     STAGES,
@@ -51,19 +37,10 @@ from foveate.method import (
     did_you_mean,
     published,
     published_class,
-    share,
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from foveate.data.samples import Sample
-    from foveate.data.video import Video
     from foveate.method import Claim
-
-DEFAULT_MODEL = "tiny-llava"
-VIDEO_MODEL = "tiny-onevision"
-_PARTIAL = "comparison.partial.json"
 
 app = typer.Typer(
     name="foveate",
@@ -74,6 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_probe.app, name="probe")
+app.command()(cli_compare.compare)
 app.command()(cli_tune.tune)
 app.command()(cli_detect.detect)
 app.command()(cli_generate.generate)
@@ -87,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="foveate")
         sys.stdout.flush()
     except InputError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
@@ -96,25 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
+        fail(f"{where}{error.strerror or error}")
     except Exception as error:
         # Typer's own usage errors (it brings its copy of click, or takes click's, by version).
         if type(error).__name__ == "Abort":
             raise SystemExit(130) from None
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # Without a command typer has shown the help, and there is nothing to say.
-            _fail(error.format_message()) if error.format_message() else sys.exit(2)
+            fail(error.format_message()) if error.format_message() else sys.exit(2)
         if type(error).__name__ == "OutOfMemoryError":
-            _fail("the GPU's memory is full; try a smaller --batch-size, or --dtype bfloat16")
+            fail("the GPU's memory is full; try a smaller --batch-size, or --dtype bfloat16")
         raise
     raise SystemExit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str, everywhere: bool = False) -> NoReturn:
-    """One line on stderr, without control characters, and exit 2; of several processes only the first says it."""
-    if everywhere or is_main_process():
-        print(f"error: {printable(message)}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def _version(asked: bool) -> None:
@@ -130,195 +101,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# compare
-
-
-@app.command()
-def compare(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Shipped model, local folder, or hub id OWNER/NAME (which is downloaded). Without it: tiny-llava, "
-            "with --video tiny-onevision."
-        ),
-    ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask --prompt about; may be repeated.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="A clip to ask --prompt about; may be repeated.")] = None,
-    frames: Annotated[int, typer.Option(help="Taken of every clip, at equal distances in time.")] = DEFAULT_FRAMES,
-    prompt: Annotated[str | None, typer.Option(help="The question about every --image and --video.")] = None,
-    dataset: Annotated[
-        Path | None, typer.Option(help="JSONL, a line {image or video, prompt, answer, type}; the last two optional.")
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated names (see `foveate methods`) and configuration files (FILE.json), or all. Without "
-            "it: four on the shipped model and scenes, so that it takes minutes; otherwise all."
-        ),
-    ] = None,
-    keep: Annotated[
-        str, typer.Option(help="Comma-separated budgets in (0, 1]: the share of visual tokens that each may spend.")
-    ] = "0.5,0.25,0.1",
-    out: Annotated[Path, typer.Option(help="Folder for report.html and comparison.json.")] = Path("foveate-out"),
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    questions: QuestionsOption = None,
-    batch_size: Annotated[int, typer.Option(help="Samples run together.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the held-out scenes.")] = 0,
-) -> None:
-    """Measure what every method saves and costs on a model, beside plain down-sampling at the same budgets."""
-    from foveate.report.write import check_folder
-
-    # All that can be wrong with the arguments is found before anything is loaded, and that before any work.
-    budgets = _budgets(keep)
-    names = parse_methods(methods)
-    at_least("--questions", questions, 1)
-    at_least("--batch-size", batch_size, 1)
-    at_least("--seed", seed, 0)
-    at_least("--frames", frames, 1)
-    kind = check_dtype(dtype)
-    check_folder(out)
-    model = model or (VIDEO_MODEL if video else DEFAULT_MODEL)
-    source = find_model(model)
-    samples = read_samples(image or [], prompt, dataset, questions, seed, video or [], frames)
-    if methods is None and model == DEFAULT_MODEL and not image and not video and dataset is None:
-        from foveate.measure.compare import METHODS
-
-        names = METHODS
-    _run_comparison(model, source, samples, names, budgets, out, device, kind, batch_size, seed)
-
-
-def _run_comparison(
-    model: str,
-    source: str,
-    samples: list[Sample],
-    names: Sequence[str] | None,
-    budgets: tuple[float, ...],
-    out: Path,
-    device: str,
-    dtype: str,
-    batch_size: int,
-    seed: int,
-) -> None:
-    from foveate.measure.compare import Row
-    from foveate.measure.compare import compare as measure
-    from foveate.report.html import report_html
-    from foveate.report.table import comparison_table
-    from foveate.report.wording import reason
-    from foveate.report.write import write_files
-
-    console = make_console()
-    accelerator = make_accelerator(device)
-    loaded, processor = load_model(model, source, str(accelerator.device) if device == "auto" else device, dtype)
-    rows: list[Row] = []
-    try:
-        with progress_bar() as advance:
-            comparison = measure(
-                loaded,
-                processor,
-                samples,
-                names,
-                budgets=budgets,
-                batch_size=batch_size,
-                seed=seed,
-                on_progress=advance,
-                on_row=rows.append,
-                accelerator=accelerator,
-            )
-    except KeyboardInterrupt:
-        if rows and is_main_process():
-            write_files(out, {_PARTIAL: _rows_json(rows)})
-            print(f"interrupted; {len(rows)} rows are in {out / _PARTIAL}", file=sys.stderr)
-        raise
-    except InputError as error:
-        # Where the samples are shared out, only the process that has the one at fault knows of it.
-        _fail(str(error), everywhere=True)
-    if not is_main_process():
-        return
-    shown = next(sample for sample in samples if comparison.shown and sample.id == comparison.shown.id)
-    page = report_html(
-        comparison,
-        command=shlex.join(["foveate", *sys.argv[1:]]),
-        model=model,
-        picture=_seen(processor, shown.images[0]) if shown.images else None,
-        clip=[] if shown.images else _seen_frames(processor, shown.videos[0]),
-    )
-    write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
-    (out / _PARTIAL).unlink(missing_ok=True)
-    for sample in samples:
-        if broken := sum(one.broken for one in sample.videos):
-            print(f"note: {sample.id}: broken frames left out of its clip: {broken}", file=sys.stderr)
-    if words := unknown_words(processor.tokenizer, (one.prompt for one in samples)):
-        print(f"note: {model} was not taught {', '.join(words)}; its answers are guesses there", file=sys.stderr)
-    console.print(comparison_table(comparison))
-    console.print()
-    console.print(Text(f"Choice: {reason(comparison)}", style="bold"))
-    console.print(f"[bright_black]{escape(str(out / 'report.html'))} · {escape(str(out / 'comparison.json'))}[/]")
-
-
-def _budgets(text: str) -> tuple[float, ...]:
-    found = set()
-    for part in text.split(","):
-        try:
-            found.add(share("--keep", float(part)))
-        except InputError:
-            raise
-        except ValueError:
-            raise InputError(f"--keep: {part.strip()!r} is not a number; give e.g. 0.5,0.25,0.1") from None
-    return tuple(sorted(found, reverse=True))
-
-
-def _seen(processor: Any, picture: Image.Image) -> Image.Image:
-    """The picture as the model gets it: resized and cropped by the processor, normalisation undone."""
-    import numpy as np
-
-    prepare = processor.image_processor
-    pixels = np.asarray(prepare(images=[picture], return_tensors="np")["pixel_values"][0], dtype=np.float64)
-    if pixels.ndim < 3:
-        # Qwen-VL: patches without an order of their own; they are of the whole picture.
-        return picture
-    # LLaVA-NeXT: crops before channels; the first is the whole picture.
-    return _restored(prepare, pixels[0] if pixels.ndim == 4 else pixels)
-
-
-def _seen_frames(processor: Any, video: Video) -> list[tuple[float, Image.Image]]:
-    """The frames of a clip as the model gets them, with their times; of frames that it joins, the first."""
-    import numpy as np
-    from PIL import Image
-
-    prepare = processor.video_processor
-    made = prepare(videos=[video.frames], do_sample_frames=False, return_tensors="pt")
-    pixels = np.asarray(made["pixel_values_videos"], dtype=np.float64)
-    if pixels.ndim == 5:
-        return [(float(time), _restored(prepare, frame)) for time, frame in zip(video.times, pixels[0])]
-    # Qwen-VL, as above.
-    together = prepare.temporal_patch_size
-    return [
-        (float(time), Image.fromarray(frame)) for time, frame in zip(video.times[::together], video.frames[::together])
-    ]
-
-
-def _restored(prepare: Any, pixels: Any) -> Image.Image:
-    """The picture of which a processor made these pixels (3, H, W), without its normalisation."""
-    import numpy as np
-    from PIL import Image
-
-    if getattr(prepare, "do_normalize", False):
-        shape = (-1, 1, 1)
-        pixels = pixels * np.reshape(prepare.image_std, shape) + np.reshape(prepare.image_mean, shape)
-    if getattr(prepare, "do_rescale", True):
-        pixels = pixels * 255
-    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8).transpose(1, 2, 0))
-
-
-def _rows_json(rows: list[Any]) -> str:
-    import dataclasses
-    import json
-
-    return json.dumps({"complete": False, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

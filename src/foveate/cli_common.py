@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import itertools
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
 from foveate.configuration import is_file, load_configuration
-from foveate.method import InputError, did_you_mean, method_class
+from foveate.method import InputError, did_you_mean, method_class, share
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from foveate.data.samples import Sample
+    from foveate.measure.comparison import R, Table
 
 DEFAULT_QUESTIONS = 256
 DEFAULT_FRAMES = 8
 ALL = "all"
+PARTIAL = "comparison.partial.json"
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -66,6 +75,13 @@ def printable(message: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in " ".join(message.split()))
 
 
+def fail(message: str, everywhere: bool = False) -> NoReturn:
+    """One line on stderr, without control characters, and exit 2; of several processes only the first says it."""
+    if everywhere or is_main_process():
+        print(f"error: {printable(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def at_least(option: str, value: int | None, least: int) -> None:
     """InputError that names the option for a number below `least`."""
     if value is not None and value < least:
@@ -105,6 +121,61 @@ def parse_methods(text: str | None) -> Sequence[str] | None:
     return chosen
 
 
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Those of --keep, the largest first."""
+    found = set()
+    for part in text.split(","):
+        try:
+            found.add(share("--keep", float(part)))
+        except InputError:
+            raise
+        except ValueError:
+            raise InputError(f"--keep: {part.strip()!r} is not a number; give e.g. 0.5,0.25,0.1") from None
+    return tuple(sorted(found, reverse=True))
+
+
+@contextlib.contextmanager
+def rows_kept(out: Path) -> Iterator[list[Any]]:
+    """A list for a comparison's rows, which an interruption leaves behind as JSON in the folder."""
+    rows: list[Any] = []
+    try:
+        yield rows
+    except KeyboardInterrupt:
+        if rows and is_main_process():
+            from foveate.report.write import write_files
+
+            values = {"complete": False, "rows": [dataclasses.asdict(row) for row in rows]}
+            write_files(out, {PARTIAL: json.dumps(values, indent=2) + "\n"})
+            print(f"interrupted; {len(rows)} rows are in {out / PARTIAL}", file=sys.stderr)
+        raise
+
+
+def show_comparison(
+    comparison: Table[R], out: Path, model: str, picture: Image.Image | None = None,
+    clip: Sequence[tuple[float, Image.Image]] = (),
+) -> None:  # fmt: skip
+    """Writes a comparison and its report into the folder, and prints the table and the choice.
+
+    Args:
+        model: as the user named it.
+        picture, clip: what the model saw, for the overlays; see `foveate.report.html.report_html`.
+    """
+    from foveate.report.html import report_html
+    from foveate.report.table import comparison_table
+    from foveate.report.wording import reason
+    from foveate.report.write import write_files
+
+    command = shlex.join(["foveate", *sys.argv[1:]])
+    page = report_html(comparison, command=command, model=model, picture=picture, clip=clip)
+    write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
+    (out / PARTIAL).unlink(missing_ok=True)
+    console = make_console()
+    console.print(comparison_table(comparison))
+    console.print()
+    console.print(Text(f"Choice: {reason(comparison)}", style="bold"))
+    console.print(f"[bright_black]{escape(str(out / 'report.html'))} · {escape(str(out / 'comparison.json'))}[/]")
+
+
 def make_accelerator(device: str) -> Any:
     import torch
     from accelerate import Accelerator
@@ -141,8 +212,6 @@ def find_model(name: str) -> str:
 
 def shipped_models() -> list[str]:
     """Models of the zoo that compare can use; the others answer no questions."""
-    import json
-
     from foveate import zoo
 
     files = {name: zoo.path(name) / "config.json" for name in zoo.names()}

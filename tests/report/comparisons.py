@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from foveate.measure.comparison import ANSWERING
+
+FIGURES = {"KV cache": "kv_bytes", "accuracy": "accuracy", "agreement": "agreement", "KL": "kl"}
 NAMES = ("random", "pool", "fopru", "pyramiddrop")
 
 
@@ -30,7 +33,9 @@ def row(method: str, budget: float, **changes: Any) -> SimpleNamespace:
         "kl": 1.3 - shift,
         "refused": None,
     }
-    return SimpleNamespace(**(values | changes))
+    values |= changes
+    figures = {name: values[key] for name, key in FIGURES.items()}
+    return SimpleNamespace(**values, figure=figures.get)
 
 
 def comparison(**changes: Any) -> SimpleNamespace:
@@ -39,13 +44,18 @@ def comparison(**changes: Any) -> SimpleNamespace:
     rows.append(row("pyramiddrop", 0.1, refused="the first of 8 layers sees all [red]tokens[/red]"))
     overlays = [
         SimpleNamespace(
-            method=one.method, budget=one.budget, grid=(3, 4), depth=(1.0,) * 12, group=(-1,) * 12,
+            method=one.method,
+            budget=one.budget,
+            grid=(3, 4),
+            depth=(1.0,) * 12,
+            group=(-1,) * 12,
             answer=f"{one.method} {one.budget}",
         )
         for one in rows
         if one.refused is None
     ]
     values: dict[str, Any] = {
+        "task": ANSWERING,
         "rows": rows,
         "environment": {"command": "x", "device": "cpu", "versions": {"torch": "2.9"}},
         "samples": 256,

@@ -2,143 +2,79 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from foveate.apply import apply
-from foveate.configuration import describe, is_file, load_configuration
+from foveate.configuration import describe
 from foveate.data.samples import NO_VIDEOS, Sample
 from foveate.data.samples import name as called
 from foveate.hosts import adapt
 from foveate.hosts.language import VisionLanguageHost
+from foveate.measure.comparison import (
+    ANSWERING,
+    BUDGETS,
+    Entry,
+    Measured,
+    Progress,
+    Shown,
+    Table,
+    Task,
+    candidates,
+    check_budgets,
+    choose,
+    name_of,
+    plan,
+    set_up,
+)
 from foveate.measure.environment import environment
 from foveate.measure.prefill import Prefill
 from foveate.measure.provenance import Overlay, overlay, visual_tokens
 from foveate.measure.quality import Answered, Batches, answer, answer_length, gather, score
 from foveate.measure.timing import Timing
-from foveate.method import HostShape, InputError, Method, method_class, registry
+from foveate.method import InputError, Method
+
+__all__ = ["ANSWERING", "METHODS", "Comparison", "Entry", "Progress", "Row", "Shown", "candidates", "choose", "compare"]
 
 METHODS = ("fopru", "vtc-cls", "pyramiddrop", "aim")
 """Of `foveate compare` without arguments, which has to be done within 3 minutes on two cores; see `candidates`."""
-BUDGETS = (0.5, 0.25, 0.1)
-NEAR = 0.01
-"""How far below dense counts as "as good": 1 point."""
-
-Progress = Callable[[int, int, str], None]
-Entry = str | Method | tuple[Method, ...]
-"""What is measured: a name, set up for each budget, or one method or a stack as they are, measured once."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method at one budget. Where it refused, only method, budget, baseline and the reason are set.
+class Row(Measured):
+    """A row of answers to questions. Budget and `visual_share` are means over the language model's layers (the latter
+    over the samples too), of stages all crops of a sample together, FLOPs and time of one prefill of batch 1.
 
     Attributes:
-        method: slug; those of a stack joined by "+".
-        budget: share of visual tokens, averaged over the language model's layers, that it was asked to spend.
-        baseline: whether it is one of the plain baselines (dense included).
-        settings: the method's arguments; of a stack, slug -> arguments.
-        stages: (stage, visual tokens after it, mean over samples, all crops of a sample together).
-        visual_share: measured share of visual tokens, mean over the language model's layers and the samples.
-        flops, flops_ratio: of one prefill of batch 1, and as a share of dense.
-        time_ratio, time_low, time_high: median and quartiles of interleaved pairs, as a share of dense.
         kv_bytes: that the prefill leaves in the cache.
         accuracy, accuracy_by_type: share of right answers; None without answers or types.
         agreement: share of samples whose generated answer is the same as dense's.
         kl: mean KL(dense || method) of the next token at the end of the prompt, nats.
-        refused: why the method cannot do this.
     """
 
-    method: str
-    budget: float
-    baseline: bool
-    settings: dict[str, Any] | None = None
-    stages: tuple[tuple[str, float], ...] | None = None
-    visual_share: float | None = None
-    flops: int | None = None
-    flops_ratio: float | None = None
-    time_ratio: float | None = None
-    time_low: float | None = None
-    time_high: float | None = None
     kv_bytes: int | None = None
     accuracy: float | None = None
     accuracy_by_type: dict[str, float] | None = None
     agreement: float | None = None
     kl: float | None = None
-    refused: str | None = None
+
+    def figure(self, name: str) -> float | None:
+        known = {"KV cache": self.kv_bytes, "accuracy": self.accuracy, "agreement": self.agreement, "KL": self.kl}
+        return known[name]
+
+
+@dataclass(frozen=True)
+class Comparison(Table[Row]):
+    """All rows of answers, dense first, and what they say."""
+
+    row_type: ClassVar[type[Measured]] = Row
 
     @property
-    def label(self) -> str:
-        return f"{self.method} at {self.budget:g}"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The sample that FLOPs, time and overlays are of.
-
-    Attributes:
-        id, prompt: of the sample.
-        expected: the right answer, None where it is not known.
-        answer: the unchanged model's, in lower case and without final punctuation, as answers are compared.
-    """
-
-    id: str
-    prompt: str
-    expected: str | None
-    answer: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All rows, dense first, and what they say.
-
-    Attributes:
-        rows: see `Row`.
-        environment: see `foveate.measure.environment`.
-        samples: how many were asked.
-        choice: the row that the rule of `choose` picks; None if every method refused.
-        why: the rule's reason, in words.
-        overlays: one a row, of the sample `shown`.
-        shown: the sample that FLOPs and time were measured on.
-    """
-
-    rows: list[Row]
-    environment: dict[str, Any]
-    samples: int
-    choice: Row | None
-    why: str
-    overlays: list[Overlay] = field(default_factory=list)
-    shown: Shown | None = None
-
-    def to_json(self) -> str:
-        values = asdict(self)
-        values["choice"] = None if self.choice is None else self.rows.index(self.choice)
-        return json.dumps(values, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Comparison:
-        """The comparison that `to_json` wrote; InputError for anything else."""
-        try:
-            values = json.loads(text)
-            rows = [
-                Row(**row | {"stages": row["stages"] and tuple((name, count) for name, count in row["stages"])})
-                for row in values.pop("rows")
-            ]
-            overlays = [
-                Overlay(**one | {key: tuple(one[key]) for key in ("grid", "depth", "group")})
-                for one in values.pop("overlays")
-            ]
-            index, shown = values.pop("choice"), values.pop("shown")
-            return cls(
-                rows=rows, overlays=overlays, choice=None if index is None else rows[index],
-                shown=None if shown is None else Shown(**shown), **values,
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"not a comparison ({' '.join(str(error).split())})") from None
+    def task(self) -> Task:
+        return ANSWERING
 
 
 def compare(
@@ -186,12 +122,10 @@ def compare(
         raise InputError("there are no samples to compare on")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
-    for budget in budgets:
-        if not 0 < budget <= 1:
-            raise InputError(f"budgets must be in (0, 1], not {budget!r}")
+    check_budgets(budgets)
     host = host_for(model, samples, "compare")
     shape = host.shape
-    planned = _plan(model, shape, methods, baselines, budgets)
+    planned = plan(model, shape, methods, baselines, budgets)
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     new_tokens = answer_length(processor, samples) if max_new_tokens is None else max_new_tokens
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -230,111 +164,6 @@ def host_for(model: Any, samples: Sequence[Sample], command: str) -> VisionLangu
     return host
 
 
-def candidates(family: str = "hf-vlm", baselines: bool = False) -> tuple[str, ...]:
-    """Names of all methods (or of all baselines but dense) that shorten such a host without any training."""
-    return tuple(
-        slug
-        for slug, cls in registry().items()
-        if (card := cls.card).kind == "reduce" and card.training_free and family in card.hosts
-        and card.baseline == baselines and slug != "dense"
-    )  # fmt: skip
-
-
-def choose(rows: Sequence[Row]) -> tuple[Row | None, str]:
-    """The row to recommend and why.
-
-    Quality is accuracy, or agreement with dense where there are no right answers. Of the rows that need fewer FLOPs
-    than dense and are within 1 point of its quality, the cheapest is chosen. Where there is none, the one that loses
-    fewest points for each FLOP saved. Baselines take part; where one wins, the reason says so.
-    """
-    by_accuracy = rows[0].accuracy is not None
-    measure = "accuracy" if by_accuracy else "agreement with dense"
-
-    def quality(row: Row) -> float:
-        value = row.accuracy if by_accuracy else row.agreement
-        assert value is not None
-        return value
-
-    def cost(row: Row) -> float:
-        assert row.flops_ratio is not None
-        return row.flops_ratio
-
-    full = quality(rows[0])
-    candidates = [row for row in rows[1:] if row.refused is None and cost(row) < 1]
-    if not candidates:
-        return None, "nothing measured needs fewer FLOPs than dense"
-
-    def best(among: Sequence[Row]) -> tuple[Row, bool]:
-        near = [row for row in among if quality(row) >= full - NEAR - 1e-9]
-        if near:
-            return min(near, key=lambda row: (cost(row), -quality(row))), True
-        return min(among, key=lambda row: ((full - quality(row)) / (1 - cost(row)), cost(row))), False
-
-    def told(row: Row) -> str:
-        return f"{row.label} ({100 * quality(row):.1f} % {measure} for {100 * cost(row):.0f} % of the FLOPs)"
-
-    winner, near = best(candidates)
-    if near:
-        why = f"{told(winner)} is the cheapest within 1 point of dense ({100 * full:.1f} %)"
-    else:
-        why = f"nothing stays within 1 point of dense ({100 * full:.1f} %); {told(winner)} loses least per FLOP saved"
-    published = [row for row in candidates if not row.baseline]
-    if winner.baseline:
-        why += ". It is a plain baseline: no published method did better here"
-        if published:
-            why += f"; the best of them is {told(best(published)[0])}"
-    return winner, why + "."
-
-
-def _plan(
-    model: Any, shape: HostShape, methods: Sequence[Entry] | None, baselines: Sequence[str] | None,
-    budgets: Sequence[float],
-) -> list[tuple[Entry, float]]:  # fmt: skip
-    """What is measured after dense, in order, with its budget (that of what is set up already is not known yet: 0).
-
-    Who names a method wants to hear at once that it cannot work here at all; InputError says why.
-    """
-    asked = [_read(entry) for entry in dict.fromkeys(methods or ())]
-    beside = candidates(shape.family, baselines=True) if baselines is None else tuple(baselines)
-    others = candidates(shape.family) if methods is None else ()
-    budgets = tuple(dict.fromkeys(budgets))
-    planned: list[tuple[Entry, float]] = []
-    for entry in dict.fromkeys((*beside, *asked, *others)):
-        if entry == "dense":
-            continue
-        pairs = [(entry, budget) for budget in budgets] if isinstance(entry, str) else [(entry, 0.0)]
-        refusals = [refusal for one, budget in pairs if (refusal := _refusal(model, shape, one, budget))]
-        if entry in asked and len(refusals) == len(pairs):
-            raise refusals[0]
-        planned += pairs
-    return planned
-
-
-def _read(entry: Entry) -> Entry:
-    """The methods of a configuration file; anything else as it is. Dense, which is always there, is its name."""
-    if not (isinstance(entry, str) and is_file(entry)):
-        return entry
-    methods = tuple(load_configuration(entry))
-    return "dense" if [one.card.slug for one in methods] == ["dense"] else methods
-
-
-def _refusal(model: Any, shape: HostShape, entry: Entry, budget: float) -> InputError | None:
-    """Why this cannot be measured, without having run it. InputError for an unknown name."""
-    if isinstance(entry, str):
-        method_class(entry)
-    try:
-        apply(model, _set_up(entry, budget, shape)).remove()
-    except InputError as error:
-        return error
-    return None
-
-
-def _set_up(entry: Entry, budget: float, shape: HostShape) -> tuple[Method, ...]:
-    if isinstance(entry, str):
-        return (method_class(entry).for_budget(budget, shape),)
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
 class _Bench:
     """One model under measurement."""
 
@@ -363,9 +192,7 @@ class _Bench:
         return str(gather(mine, self.accelerator)[0])
 
     def dense(self) -> Row:
-        self._reference = answer(
-            self.model, self.processor, self.batches, self.new_tokens, lambda: self._step("dense")
-        )
+        self._reference = answer(self.model, self.processor, self.batches, self.new_tokens, lambda: self._step("dense"))
         self._flops, cache = self.prefill.cost()
         sample = self.samples[self.index]
         self.shown = Shown(sample.id, sample.prompt, sample.answer, self._answer(self._reference))
@@ -391,16 +218,10 @@ class _Bench:
         return overlay(list(host.trace), self.shape.llm_layers, grid, name, budget, answer, frames=frames)
 
     def row(self, entry: Entry, budget: float) -> tuple[Row, Overlay | None]:
-        if isinstance(entry, str):
-            name, baseline = entry, method_class(entry).card.baseline
-            label = f"{name} at {budget:g}"
-        else:
-            stack = _set_up(entry, budget, self.shape)
-            name, baseline = "+".join(one.card.slug for one in stack), all(one.card.baseline for one in stack)
-            label = " + ".join(map(repr, stack))
+        name, baseline, label = name_of(entry, budget)
         start = self.done
         try:
-            methods = _set_up(entry, budget, self.shape)
+            methods = set_up(entry, budget, self.shape)
             with apply(self.model, methods) as applied:
                 said, counts = self._ask(applied, label)
                 flops, cache = self.prefill.cost()

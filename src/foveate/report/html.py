@@ -13,18 +13,18 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from foveate.method import registry
+from foveate.method import published
 from foveate.report.overlay import ROW, SIDE, draw_overlay, draw_strip
 from foveate.report.plot import plot_svg
-from foveate.report.wording import LEGEND, cells, is_choice, number, reason, sections, shown_columns
+from foveate.report.wording import cells, is_choice, legend, number, reason, sections, shown_columns
 
 if TYPE_CHECKING:
-    from foveate.measure.compare import Comparison, Row
+    from foveate.measure.comparison import Measured, R, Table, Task
     from foveate.measure.provenance import Overlay
 
 
 def report_html(
-    comparison: Comparison,
+    comparison: Table[R],
     *,
     command: str,
     model: str,
@@ -42,19 +42,22 @@ def report_html(
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("foveate.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    columns = shown_columns(comparison.rows)
+    columns, task = shown_columns(comparison), comparison.task
     chosen = next((row for row in comparison.rows if is_choice(comparison, row)), None)
     return environment.from_string(source).render(
         model=model,
+        task=task,
+        facts=_facts(task),
+        notes=getattr(comparison, "notes", ()),
         command=command,
         shown=comparison.shown,
         samples=comparison.samples,
         environment=_flat({name: value for name, value in comparison.environment.items() if name != "command"}),
         why=reason(comparison),
-        chosen=None if chosen is None else cells(chosen),
+        chosen=None if chosen is None else cells(chosen, task),
         plot=Markup(plot_svg(comparison)),  # our own drawing; matplotlib escapes the names in it
         columns=columns,
-        legend={name: text for name, text in LEGEND.items() if name in columns},
+        legend={name: text for name, text in legend(task).items() if name in columns},
         sections=[[_table_row(comparison, row, first=row is group[0]) for group in block for row in group]
                   for block in sections(comparison)],
         by_type=_by_type(comparison),
@@ -65,11 +68,11 @@ def report_html(
     )  # fmt: skip
 
 
-def _table_row(comparison: Comparison, row: Row, first: bool) -> dict[str, Any]:
+def _table_row(comparison: Table[R], row: R, first: bool) -> dict[str, Any]:
     settings = ", ".join(f"{name}={value}" for name, value in (row.settings or {}).items())
     stages = " · ".join(f"{label}: {number(left, 1)}" for label, left in row.stages or ())
     return {
-        "cells": cells(row),
+        "cells": cells(row, comparison.task),
         "refused": row.refused,
         "settings": settings,
         "stages": stages,
@@ -78,17 +81,20 @@ def _table_row(comparison: Comparison, row: Row, first: bool) -> dict[str, Any]:
     }
 
 
-def _by_type(comparison: Comparison) -> dict[str, Any] | None:
+def _by_type(comparison: Table[R]) -> dict[str, Any] | None:
     """Accuracy by type of question: column heads and a line a row, or None without types."""
-    types = sorted({kind for row in comparison.rows for kind in row.accuracy_by_type or ()})
+    shares: dict[int, dict[str, float]] = {
+        id(row): getattr(row, "accuracy_by_type", None) or {} for row in comparison.rows
+    }
+    types = sorted({kind for share in shares.values() for kind in share})
     if len(types) < 2:
         return None
     lines: list[dict[str, Any]] = []
     for block in sections(comparison):
         for row in (row for group in block for row in group):
-            if not row.accuracy_by_type:
+            if not (share := shares[id(row)]):
                 continue
-            values = [row.accuracy_by_type.get(kind) for kind in types]
+            values = [share.get(kind) for kind in types]
             lines.append(
                 {
                     "method": row.method,
@@ -101,8 +107,13 @@ def _by_type(comparison: Comparison) -> dict[str, Any] | None:
     return {"types": types, "lines": lines}
 
 
+def _facts(task: Task) -> list[str]:
+    """The columns that stand beside the choice: costs, and figures that need no explanation."""
+    return ["FLOPs", "time", *(figure.name for figure in task.figures if figure.unit != "nats")]
+
+
 def _gallery(
-    comparison: Comparison, picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
+    comparison: Table[R], picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
 ) -> list[dict[str, Any]]:
     """A line a method, methods before baselines, with an overlay a budget."""
     baselines = {row.method for row in comparison.rows if row.baseline}
@@ -132,7 +143,7 @@ def _images(
 
 
 def _dense(
-    comparison: Comparison, picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
+    comparison: Table[R], picture: Image.Image | None, clip: Sequence[tuple[float, Image.Image]]
 ) -> list[dict[str, Any]]:
     """What the unchanged model saw."""
     if picture is not None:
@@ -157,8 +168,8 @@ def _data(picture: Image.Image) -> Markup:
     return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
 
 
-def _papers(rows: Sequence[Row]) -> list[dict[str, str]]:
-    known = registry()
+def _papers(rows: Sequence[Measured]) -> list[dict[str, str]]:
+    known = published()
     cards = [known[name].card for name in dict.fromkeys(row.method for row in rows) if name in known]
     return [{"slug": card.slug, "title": card.title, "arxiv": card.arxiv} for card in cards if card.arxiv]
 

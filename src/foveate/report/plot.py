@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.report.wording import sections
 
 if TYPE_CHECKING:
-    from foveate.measure.compare import Comparison, Row
+    from foveate.measure.comparison import R, Table
 
 # Colours that keep their contrast on white and on near-black; the order is that of the methods.
 COLOURS = ("#1f7a8c", "#d1603d", "#7a5ea8", "#5b8c3a", "#b8478b", "#b08a1e", "#3d6fd1", "#8a5a44")
@@ -21,8 +21,8 @@ _INK, _SOFT, _LINE = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)"}
 
 
-def plot_svg(comparison: Comparison) -> str:
-    """Accuracy (agreement with dense, where there are no answers) over the share of dense's FLOPs, as inline SVG.
+def plot_svg(comparison: Table[R]) -> str:
+    """Quality over the share of dense's FLOPs, as inline SVG: the figure that the comparison chooses by, better above.
 
     Points are labelled with their method at the end of each line. No font, script or address is embedded.
     """
@@ -31,14 +31,16 @@ def plot_svg(comparison: Comparison) -> str:
     from matplotlib.figure import Figure
 
     measured = [row for row in comparison.rows if row.refused is None]
-    by_accuracy = any(row.accuracy is not None for row in measured)
+    task = comparison.task
+    by = task.quality(measured)
+    scale, unit = (100, "%") if by.unit == "share" else (1, by.unit)
     dense = [row for row in measured if row.method == "dense"]
 
-    def quality(row: Row) -> float:
-        value = row.accuracy if by_accuracy else row.agreement
-        return float("nan") if value is None else 100 * value
+    def quality(row: R) -> float:
+        value = row.figure(by.name)
+        return float("nan") if value is None else scale * value
 
-    def cost(row: Row) -> float:
+    def cost(row: R) -> float:
         return float("nan") if row.flops_ratio is None else row.flops_ratio
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "foveate", "font.family": "sans-serif", "font.size": 10}
@@ -85,8 +87,10 @@ def plot_svg(comparison: Comparison) -> str:
                 name, (x, y), (right * 1.02, height), annotation_clip=False, va="center", color=colour,
                 arrowprops={"arrowstyle": "-", "color": _LINE, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
             )  # fmt: skip
-        axes.set_xlabel("FLOPs of the prefill, as a share of dense", color=_INK)
-        axes.set_ylabel("accuracy (%)" if by_accuracy else "agreement with dense (%)", color=_INK)
+        if by.lower:
+            axes.invert_yaxis()
+        axes.set_xlabel(f"FLOPs of {task.work}, as a share of dense", color=_INK)
+        axes.set_ylabel(f"{by.words} ({unit})", color=_INK)
         axes.tick_params(colors=_SOFT, length=3)
         axes.grid(color=_LINE, linewidth=0.5, alpha=0.6)
         axes.set_axisbelow(True)

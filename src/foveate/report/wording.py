@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.measure.compare import Comparison, Row
+    from foveate.measure.comparison import Figure, Measured, R, Table, Task
     from foveate.method import Claim
 
 NOTHING = "–"
 """For a figure that was not measured."""
 
-COLUMNS = ("method", "budget", "visual tokens", "FLOPs", "time", "KV cache", "accuracy", "agreement", "KL")
-
-LEGEND = {
-    "budget": "visual tokens averaged over the language model's layers, as a share of all",
-    "visual tokens": "how many are left after each stage, mean over the samples",
-    "FLOPs": "of one prefill, the method's own work included, as a share of dense",
-    "time": "of one prefill, measured, as a share of dense: median of interleaved pairs (lower–upper quartile)",
-    "KV cache": "bytes that one sample's prefill leaves in the cache",
-    "accuracy": "share of answers that are right",
-    "agreement": "share of samples where the generated answer is the same as dense's",
-    "KL": "divergence of the first answer token's distribution from dense's, in nats; 0 is the same",
-}
 
 FAMILIES = {
     "hf-vlm": "vision-language models of transformers",
@@ -49,30 +36,43 @@ def source(claim: Claim) -> str:
     return re.sub("^card", "our own count", claim.source)
 
 
-def cells(row: Row) -> dict[str, str]:
-    """column -> text, for every one of `COLUMNS`."""
+def legend(task: Task) -> dict[str, str]:
+    """column -> what it says, of all columns but the method."""
+    return {
+        "budget": task.budget,
+        task.tokens: f"how many are left after each stage, mean over the {task.samples[1]}",
+        "FLOPs": f"of {task.work}, the method's own work included, as a share of dense",
+        "time": f"of {task.work}, measured, as a share of dense: median of interleaved pairs (lower–upper quartile)",
+    } | {figure.name: figure.legend for figure in task.figures}
+
+
+def cells(row: Measured, task: Task) -> dict[str, str]:
+    """column -> text, for the method and every column of `legend`."""
     if row.refused is not None:
-        return dict.fromkeys(COLUMNS, "") | {"method": row.method, "budget": number(row.budget)}
+        return dict.fromkeys(legend(task), "") | {"method": row.method, "budget": number(row.budget)}
     return {
         "method": row.method,
         "budget": number(row.budget),
-        "visual tokens": "→".join(number(left, 1) for left in leaving(row)),
+        task.tokens: "→".join(number(left, 1) for left in leaving(row)),
         "FLOPs": share(row.flops_ratio),
         "time": f"{row.time_ratio:.2f} ({row.time_low:.2f}–{row.time_high:.2f})",
-        "KV cache": size(row.kv_bytes),
-        "accuracy": percent(row.accuracy),
-        "agreement": percent(row.agreement),
-        "KL": NOTHING if row.kl is None else f"{row.kl:.3f}",
-    }
+    } | {figure.name: value(figure, row.figure(figure.name)) for figure in task.figures}
 
 
-def leaving(row: Row) -> list[float]:
-    """Visual tokens after each stage, without stages that changed nothing."""
+def value(figure: Figure, measured: float | None) -> str:
+    """A figure of quality in its column."""
+    if figure.unit == "B":
+        return size(measured)
+    return NOTHING if measured is None else figure.number(measured)
+
+
+def leaving(row: Measured) -> list[float]:
+    """Tokens after each stage, without stages that changed nothing."""
     counts = [count for _, count in row.stages or ()]
     return [count for i, count in enumerate(counts) if i == 0 or count != counts[i - 1]]
 
 
-def sections(comparison: Comparison) -> list[list[list[Row]]]:
+def sections(comparison: Table[R]) -> list[list[list[R]]]:
     """Baselines, then methods; in each, the rows of one method together, the larger budget first."""
     found = []
     for baseline in (True, False):
@@ -83,12 +83,12 @@ def sections(comparison: Comparison) -> list[list[list[Row]]]:
     return found
 
 
-def is_choice(comparison: Comparison, row: Row) -> bool:
+def is_choice(comparison: Table[R], row: R) -> bool:
     """Whether this is the row that the comparison would choose."""
     return comparison.choice is not None and row == comparison.choice
 
 
-def reason(comparison: Comparison) -> str:
+def reason(comparison: Table[R]) -> str:
     """Why this row was chosen; it also says so where the FLOPs that it saves came to nothing on the clock."""
     chosen = comparison.choice
     if chosen is None or chosen.time_ratio is None or chosen.time_ratio < 1:
@@ -96,10 +96,13 @@ def reason(comparison: Comparison) -> str:
     return f"{comparison.why} It saved no time on this machine: {chosen.time_ratio:.2f} × dense, measured."
 
 
-def shown_columns(rows: Iterable[Row]) -> tuple[str, ...]:
-    """`COLUMNS` without accuracy where no sample has an answer."""
-    known = any(row.accuracy is not None for row in rows)
-    return tuple(column for column in COLUMNS if known or column != "accuracy")
+def shown_columns(comparison: Table[R]) -> tuple[str, ...]:
+    """All columns but those that no row has anything in: accuracy, where no sample has an answer."""
+    task, rows = comparison.task, comparison.rows
+    empty = {figure.name for figure in task.figures if all(row.figure(figure.name) is None for row in rows)}
+    if not any(row.stages for row in rows):
+        empty.add(task.tokens)
+    return ("method", *(column for column in legend(task) if column not in empty))
 
 
 def number(value: float, places: int = 3) -> str:
