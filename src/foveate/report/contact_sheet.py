@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -24,7 +25,7 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[Column]) -> Image.Im
     each row its prompt. Columns that were refused are left out."""
     shown = [column for column in columns if not column.refused]
     dense, pictures = shown[0], [[_enlarged(one) for one in column.pictures] for column in shown]
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(16)
+    font, bold = _font("DejaVuSans", 12), _font("DejaVuSans-Bold", 14)
     texts = [_cost(column, dense) for column in shown]
     widths = [
         max(max(one.width for one in made), max(round(font.getlength(text)) for text in said), SIDE)
@@ -68,6 +69,13 @@ def _cost(column: Column, dense: Column) -> list[str]:
         f"{si(column.flops)}FLOPs{of}",
         f"{column.seconds:.2f} s{longer}",
     ]
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Of those that matplotlib brings along: they have more than Latin letters."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

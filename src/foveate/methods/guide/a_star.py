@@ -66,6 +66,8 @@ class _Reading:
         """(words, rows, columns) of one picture; a word of several tokens has the mean of their maps."""
         assert self.total is not None and self.grid is not None
         mean = self.total[row] / self.layers
+        if not concepts:
+            return mean.new_zeros(0, *self.grid)
         if (last := max(itertools.chain(*concepts))) >= mean.shape[1]:
             raise InputError(f"words: there is no position {last}; the prompt has {mean.shape[1]}, counted from 0")
         words = [mean[:, list(positions)].mean(1) for positions in concepts]
@@ -204,7 +206,7 @@ class AStar(Method):
         if len(call.latents[call.conditional]) == 0 or self.scale == 0:
             return call.function()
         concepts = self.concepts(call)
-        number, most = call.step - call.begin, max(map(len, concepts))
+        number, most = call.step - call.begin, max(map(len, concepts), default=0)
         latents = None
         if self.acts(number, most):
             latents = call.replace_sample(self._moved(call, at, concepts))
@@ -237,15 +239,24 @@ class AStar(Method):
         return [self._positions(prompt, call.tokenizer) for prompt in prompts]
 
     def _positions(self, prompt: str | None, tokenizer: Any) -> Concepts:
-        words = nouns(prompt or "") if self.words is None else self.words
-        if self.masks is not None and len(self.masks) != len(words):
-            raise InputError(f"masks: {len(self.masks)} for {len(words)} words ({', '.join(map(str, words))})")
-        return [
-            token_positions(tokenizer, prompt or "", word) if isinstance(word, str)
-            else (word,) if isinstance(word, int)
-            else word
-            for word in words
-        ]  # fmt: skip
+        if self.words is None:
+            # What a guess found may be behind what the text encoder reads.
+            places = (token_positions(tokenizer, prompt or "", noun) for noun in nouns(prompt or ""))
+            concepts = [one for one in places if one]
+        else:
+            concepts = [self._place(word, prompt or "", tokenizer) for word in self.words]
+        if self.masks is not None and len(self.masks) != len(concepts):
+            raise InputError(f"masks: {len(self.masks)} for the {len(concepts)} words of {prompt!r}")
+        return concepts
+
+    def _place(self, word: str | int | tuple[int, ...], prompt: str, tokenizer: Any) -> tuple[int, ...]:
+        if not isinstance(word, str):
+            return word if isinstance(word, tuple) else (word,)
+        if not (found := token_positions(tokenizer, prompt, word)):
+            raise InputError(
+                f"words: {word!r} is not in the prompt {prompt[:80]!r}, or behind what the text encoder reads of it"
+            )
+        return found
 
     def _moved(self, call: DenoiserCall, at: Stage, concepts: Sequence[Concepts]) -> Tensor:
         """z' (n, C, h, w)."""
@@ -287,8 +298,6 @@ class AStar(Method):
 
     def _maps(self, reading: _Reading, concepts: Concepts, row: int) -> Tensor:
         """(words, rows, columns) as the losses take them."""
-        if not concepts:
-            return torch.zeros(0, *(reading.grid or (1, 1)))
         maps = reading.maps(concepts, row)
         if self.smoothing:
             maps = smoothed(maps, self.smoothing)
@@ -345,15 +354,13 @@ def nouns(prompt: str) -> list[str]:
 
 
 def token_positions(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
-    """Where the tokens of a word, or of several in a row, first stand in a prompt. InputError where they do not."""
+    """Where the tokens of a word, or of several in a row, first stand in a prompt; () where they do not."""
     ids = list(tokenizer(prompt, truncation=True)["input_ids"])
     wanted = list(tokenizer(word, add_special_tokens=False)["input_ids"])
     for start in range(len(ids) - len(wanted) + 1):
         if wanted and ids[start : start + len(wanted)] == wanted:
             return tuple(range(start, start + len(wanted)))
-    raise InputError(
-        f"words: {word!r} is not in the prompt {prompt[:80]!r}, or behind what the text encoder reads of it"
-    )
+    return ()
 
 
 def _words(words: Any) -> tuple[str | int | tuple[int, ...], ...]:
