@@ -169,7 +169,7 @@ def test_an_interruption_leaves_nothing(generate: Run, tmp_path: Path, monkeypat
 def test_progress_goes_to_its_end_and_the_pipeline_stays_as_it_was() -> None:
     pipe, told = prompted(diffusers.PNDMScheduler), []
     generator = DiffusionGenerator(pipe, steps=4, height=8, width=8)
-    generator.make(PROMPT, lambda done, total: None)
+    generator.make([PROMPT], [0], lambda done, total: None)
     before = dict(pipe.__dict__), dict(pipe.unet.__dict__)
     entries = {"guided": [AStar(words=("frog",))]}
     columns = compare_pictures(generator, [PROMPT], entries, on_progress=lambda *one: told.append(one))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -70,7 +69,7 @@ def generate(
     if not all(one.strip() for one in prompt):
         raise InputError("--prompt is empty")
     prompts = list(dict.fromkeys(prompt))
-    names = _names(methods)
+    names = parse_names(methods)
     for option, value, least in (
         ("--seed", seed, 0),
         ("--steps", steps, 1),
@@ -80,8 +79,8 @@ def generate(
         at_least(option, value, least)
     kind = check_dtype(dtype)
     check_folder(out)
-    source = _find(model)
-    smaller = None if small is None else (small, _find(small))
+    source = find_generator(model)
+    smaller = None if small is None else (small, find_generator(small))
     accelerator = make_accelerator(device)
 
     from foveate.generate import Column, compare_pictures, load_generator
@@ -90,7 +89,7 @@ def generate(
     generator = load_generator(
         model, source, place, kind, smaller, seed=seed, steps=steps, guidance=guidance, height=height, width=width
     )
-    entries, refused = _entries(names, generator)
+    entries, refused = build_entries(names, generator)
     with progress_bar() as advance:
         columns = compare_pictures(generator, prompts, entries, refusable=names is None, on_progress=advance)
     columns += [Column(label, refused=reason) for label, reason in refused.items()]
@@ -105,7 +104,7 @@ def generate(
     console.print(f"[bright_black]{escape(str(out / SHEET))} · {escape(str(out / RECORD))}[/]")
 
 
-def _names(text: str | None) -> dict[str, str] | None:
+def parse_names(text: str | None) -> dict[str, str] | None:
     """label -> method or configuration file; None for all methods that there are. InputError for what there is not."""
     if text is not None and text.strip() == ALL:
         return None
@@ -122,7 +121,7 @@ def _names(text: str | None) -> dict[str, str] | None:
     return labels
 
 
-def _entries(
+def build_entries(
     names: dict[str, str] | None, generator: Generator
 ) -> tuple[dict[str, Sequence[Published]], dict[str, str]]:
     """label -> methods that are at work together; and why others, of all that there are, cannot be."""
@@ -138,7 +137,7 @@ def _entries(
     return entries, refused
 
 
-def _find(name: str) -> str:
+def find_generator(name: str) -> str:
     """What diffusers loads `name` from: a folder or a hub id. InputError where it is neither."""
     from foveate import zoo
 
@@ -172,13 +171,17 @@ def _files(
 ) -> dict[str, str | bytes]:  # fmt: skip
     import json
 
+    from foveate.generate import settings_of
     from foveate.measure.environment import environment
     from foveate.report.contact_sheet import contact_sheet
 
     files: dict[str, str | bytes] = {SHEET: _png(contact_sheet(prompts, columns))}
     runs: list[dict[str, Any]] = []
     for column in columns:
-        run: dict[str, Any] = {"label": column.label, "methods": [_described(one) for one in column.methods]}
+        run: dict[str, Any] = {
+            "label": column.label,
+            "methods": [{"method": one.card.slug, "settings": settings_of(one)} for one in column.methods],
+        }
         runs.append(run)
         if column.refused:
             run["refused"] = column.refused
@@ -198,14 +201,6 @@ def _files(
     }
     files[RECORD] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     return files
-
-
-def _described(method: Published) -> dict[str, Any]:
-    """A method with those of its settings that are JSON values: not models and their weights."""
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    values = ((name, getattr(method, name, ...)) for name in inspect.signature(type(method)).parameters)
-    settings = {name: value for name, value in values if isinstance(value, plain)}
-    return {"method": method.card.slug, "settings": settings}
 
 
 def _png(picture: Any) -> bytes:

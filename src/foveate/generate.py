@@ -10,6 +10,7 @@ contact_sheet(["a cat and a frog"], columns).save("sheet.png")
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections import Counter
@@ -92,14 +93,19 @@ class Generator(Protocol):
     def methods(self) -> list[str]:
         """Registered methods for such a generator."""
 
-    def build(self, slug: str) -> tuple[Published, ...]:
-        """A method with its defaults. InputError where it is none for such a generator, or needs more than there is."""
+    def build(self, slug: str, **settings: Any) -> tuple[Published, ...]:
+        """A method with its defaults but for `settings`. InputError where it is none for such a generator, or needs
+        more than there is."""
 
     def at_work(self, methods: Sequence[Any]) -> contextlib.AbstractContextManager[Counter[str]]:
         """Has methods at work for the time of a block; the counter is of runs of models in it, see `Column`."""
 
-    def make(self, prompt: str, advance: Callable[[int, int], None]) -> tuple[Image.Image, int]:
-        """A picture, and how many steps it took; `advance` is told how many of how many are done."""
+    def make(
+        self, prompts: Sequence[str], seeds: Sequence[int], advance: Callable[[int, int], None]
+    ) -> tuple[list[Image.Image], int]:
+        """A picture of each prompt, made at once, and how many steps these took; `advance` is told how many of how
+        many are done. A pipeline draws the first noise of each picture with its seed, whatever others are made beside
+        it; an autoregressive model draws all codes with the first seed."""
 
 
 class DiffusionGenerator:
@@ -151,14 +157,36 @@ class DiffusionGenerator:
         return {"class": type(self.pipeline).__name__, "scheduler": type(self.pipeline.scheduler).__name__}
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that are asked for, as the pipeline counts them; (0, 0) where that is not known."""
+        if "height" in self.settings:
+            return self.settings["height"], self.settings["width"]
+        denoiser: Any = denoiser_of(self.pipeline)
+        sample = getattr(self.pipeline, "default_sample_size", None) or denoiser.config.get("sample_size") or 0
+        height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
+        return height * self.scale, width * self.scale
+
+    @property
+    def scale(self) -> int:
+        """px of a latent, as the pipeline counts them."""
+        return int(getattr(self.pipeline, "vae_scale_factor", 8))
+
+    def changed(self, **settings: Any) -> DiffusionGenerator:
+        """The same pipeline with other settings, under the names of its arguments."""
+        made = copy.copy(self)
+        made.settings = self.settings | settings
+        check_call(type(self.pipeline), made.settings)
+        return made
+
+    @property
     def methods(self) -> list[str]:
         return [slug for slug, cls in registry().items() if "diffusers" in cls.card.hosts and not cls.card.baseline]
 
-    def build(self, slug: str) -> tuple[Published, ...]:
+    def build(self, slug: str, **settings: Any) -> tuple[Published, ...]:
         cls = published_class(slug)
         if "diffusers" not in cls.card.hosts:
             raise InputError(f"{slug} is no method for pipelines of diffusers; there are {', '.join(self.methods)}")
-        return (build(slug, _told(cls, {"small": self.small})),)
+        return (build(slug, _told(cls, {"small": self.small, **settings})),)
 
     @contextlib.contextmanager
     def at_work(self, methods: Sequence[Method]) -> Iterator[Counter[str]]:
@@ -174,7 +202,9 @@ class DiffusionGenerator:
                 stack.enter_context(foveate.apply(self.pipeline, list(methods)))
             yield calls
 
-    def make(self, prompt: str, advance: Callable[[int, int], None]) -> tuple[Image.Image, int]:
+    def make(
+        self, prompts: Sequence[str], seeds: Sequence[int], advance: Callable[[int, int], None]
+    ) -> tuple[list[Image.Image], int]:
         steps = 0
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> _Progress:
@@ -190,8 +220,8 @@ class DiffusionGenerator:
         self.pipeline.progress_bar = progress_bar
         try:
             # Noise is drawn on the CPU, so that it is the same on all devices.
-            generator = torch.Generator().manual_seed(self.seed)
-            made = self.pipeline(prompt, generator=generator, output_type="pil", **self.settings)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            made = self.pipeline(list(prompts), generator=generators, output_type="pil", **self.settings)
         except ValueError as error:
             if isinstance(error, InputError) or not _raised_in(error, "check_inputs"):
                 raise
@@ -200,7 +230,7 @@ class DiffusionGenerator:
             del self.pipeline.progress_bar
             if before is not None:
                 self.pipeline.progress_bar = before
-        return made.images[0], steps
+        return made.images, steps
 
 
 class CausalGenerator:
@@ -247,7 +277,7 @@ class CausalGenerator:
     def methods(self) -> list[str]:
         return [slug for slug, cls in published().items() if cls.card.kind == "decode"]
 
-    def build(self, slug: str) -> tuple[Published, ...]:
+    def build(self, slug: str, **settings: Any) -> tuple[Published, ...]:
         cls = published_class(slug)
         if cls.card.kind != "decode":
             raise InputError(f"{slug} is no method for autoregressive models; there are {', '.join(self.methods)}")
@@ -255,7 +285,7 @@ class CausalGenerator:
         known: dict[str, Any] = {
             "codes": (first, end), "row": self.generator.grid[1], "offset": first,
             "codebook": self.generator.vq.quantize.embedding.weight.detach(),
-            "draft": None if self.small is None else self.small.model,
+            "draft": None if self.small is None else self.small.model, **settings,
         }  # fmt: skip
         return (cls(**_told(cls, known)),)
 
@@ -269,12 +299,14 @@ class CausalGenerator:
         finally:
             self._decoder = None
 
-    def make(self, prompt: str, advance: Callable[[int, int], None]) -> tuple[Image.Image, int]:
+    def make(
+        self, prompts: Sequence[str], seeds: Sequence[int], advance: Callable[[int, int], None]
+    ) -> tuple[list[Image.Image], int]:
         from torchvision.transforms.v2.functional import to_pil_image
         from transformers import StoppingCriteriaList
 
         model: Any = self.generator.model
-        given = self.generator.prompts([prompt])
+        given = self.generator.prompts(prompts)
         start, total = given["input_ids"].shape[1], self.generator.grid[0] * self.generator.grid[1]
 
         def note(ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -285,16 +317,16 @@ class CausalGenerator:
         if self._decoder is not None:
             settings["custom_generate"] = self._decoder
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(seeds[0])
             sequences = model.generate(**given, **settings)
-            picture = to_pil_image(self.generator.pictures(sequences)[0])
+            pictures = [to_pil_image(one) for one in self.generator.pictures(sequences)]
         if self._decoder is None:
             self._calls["model"] += sequences.shape[1] - start
         else:
             self._calls["model"] += self._decoder.report.calls
             if self._decoder.report.draft_calls:
                 self._calls["draft"] += self._decoder.report.draft_calls
-        return picture, sequences.shape[1] - start
+        return pictures, sequences.shape[1] - start
 
 
 def compare_pictures(
@@ -342,17 +374,18 @@ def _column(
         nonlocal runs
         made.clear()
         for prompt in prompts:
-            made.append(generator.make(prompt, advance_in_run))
+            made.append(generator.make([prompt], [generator.seed], advance_in_run))
             runs += 1
 
-    made: list[tuple[Image.Image, int]] = []
+    made: list[tuple[list[Image.Image], int]] = []
     with generator.at_work(methods) as calls:
         with flop_counter() as counter:
             make_all()
         counted = dict(calls)
         spent = seconds(make_all, generator.device)
     pictures, steps = zip(*made)
-    return Column(label, methods, pictures, steps[0], counted, int(counter.get_total_flops()), spent)
+    shown = tuple(picture for (picture,) in pictures)
+    return Column(label, methods, shown, steps[0], counted, int(counter.get_total_flops()), spent)
 
 
 @contextlib.contextmanager
@@ -489,6 +522,13 @@ def check_call(cls: type, settings: Iterable[str]) -> None:
     for name in settings:
         if name not in takes:
             raise InputError(f"{cls.__name__} takes no {name}")
+
+
+def settings_of(method: Published) -> dict[str, Any]:
+    """Those of a method's settings that are JSON values: not models and their weights."""
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    values = ((name, getattr(method, name, ...)) for name in inspect.signature(type(method)).parameters)
+    return {name: value for name, value in values if isinstance(value, plain)}
 
 
 def _told(cls: type[Published], known: Mapping[str, Any]) -> dict[str, Any]:
