@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, share, whole, within
+from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, whole, within
 from foveate.nn.calls import DenoiserAttention, DenoiserCall
 from foveate.nn.gradients import frozen
 
@@ -119,7 +119,7 @@ class AStar(Method):
     claims = (
         Claim(
             "L_seg of two equal maps", "value", 0.5, "Eq. 2", 0,
-            value=lambda method: float(segregation_loss(torch.rand(1, 16, 16).expand(2, -1, -1))),
+            value=lambda method: float(segregation_loss(torch.linspace(0, 1, 256).view(1, 16, 16).expand(2, -1, -1))),
         ),
         Claim(
             "L_seg of two maps side by side", "value", 0, "Eq. 2", 0,
@@ -177,12 +177,6 @@ class AStar(Method):
         self.masks = None if masks is None else _layout(masks)
         if self.masks is not None and self.words is not None and len(self.masks) != len(self.words):
             raise InputError(f"masks: one for each of the {len(self.words)} words, not {len(self.masks)}")
-
-    @classmethod
-    def for_budget(cls, budget: float, host: HostShape) -> Method:
-        if share("budget", budget) != 1:
-            raise InputError("a-star steers and does not reduce tokens: its budget is 1")
-        return cls()
 
     def check(self, host: HostShape) -> None:
         if not host.text_maps:
