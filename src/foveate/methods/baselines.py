@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.method import Card, HostShape, InputError, Method, Stage, at, floor_share, register, share, whole
+from foveate.method import Card, HostShape, InputError, Method, Stage, at, choice, floor_share, register, share, whole
 from foveate.tokens import Tokens, compact, topk_in_order
 
 _HOSTS = ("hf-vlm", "hf-vision", "hf-video", "timm")
 _KEEP = {"keep": "share of the patches of each crop that is kept, in (0, 1]"}
+_PLACED = _KEEP | {"place": "'output' of the vision encoder, or its 'patches' before the first layer (not in VLMs)"}
 
 
 @register
@@ -31,18 +32,38 @@ class Dense(Method):
         return cls()
 
 
+class _Placed(Method):
+    """Acts behind the vision encoder, or before its first layer. For a budget it does the latter where there is no
+    language model behind: there, tokens that go at the end have cost all that they can."""
+
+    def __init__(self, *, keep: float = 0.5, place: str = "output") -> None:
+        self.keep, self.place = share("keep", keep), choice("place", place, ("output", "patches"))
+
+    @classmethod
+    def for_budget(cls, budget: float, host: HostShape) -> Method:
+        return cls(keep=share("budget", budget), place="output" if host.llm_layers else "patches")
+
+    def acts_at(self, host: HostShape) -> tuple[str, ...]:
+        return (f"vision.{self.place}",)
+
+    def check(self, host: HostShape) -> None:
+        if self.place == "patches" and host.llm_layers:
+            raise InputError("place 'patches' is for vision models alone: what a language model reads goes at 'output'")
+
+
 @register
-class Random(Method):
+class Random(_Placed):
     """Keeps `floor(keep * N)` patches drawn at random, the same ones in every crop of N patches."""
 
     card = Card(
         slug="random", title="Random patches", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
         summary="Keeps patches drawn at random after the vision encoder.", identity={"keep": 1.0},
-        parameters={**_KEEP, "seed": "seed of the draw"},
+        parameters={**_PLACED, "seed": "seed of the draw"},
     )  # fmt: skip
 
-    def __init__(self, *, keep: float = 0.5, seed: int = 0) -> None:
-        self.keep, self.seed = share("keep", keep), whole("seed", seed)
+    def __init__(self, *, keep: float = 0.5, place: str = "output", seed: int = 0) -> None:
+        super().__init__(keep=keep, place=place)
+        self.seed = whole("seed", seed)
 
     @at("vision.output")
     def draw(self, tokens: Tokens, at: Stage) -> Tokens:
@@ -54,19 +75,20 @@ class Random(Method):
         chosen = topk_in_order(score.expand(batch, -1), floor_share(tokens.count, self.keep), tokens.valid)
         return tokens.keep(chosen)
 
+    @at("vision.patches")
+    def draw_first(self, tokens: Tokens, at: Stage) -> Tokens:
+        return self.draw(tokens, at)
+
 
 @register
-class Grid(Method):
+class Grid(_Placed):
     """Keeps the patches nearest to the centres of a coarser grid: uniform sub-sampling without averaging."""
 
     card = Card(
         slug="grid", title="Uniform sub-sampling", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
         summary="Keeps the patches at the centres of a coarser grid after the vision encoder.", identity={"keep": 1.0},
-        parameters=_KEEP, coarse=True,
+        parameters=_PLACED, coarse=True,
     )  # fmt: skip
-
-    def __init__(self, *, keep: float = 0.5) -> None:
-        self.keep = share("keep", keep)
 
     @at("vision.output")
     def sample(self, tokens: Tokens, at: Stage) -> Tokens:
@@ -81,19 +103,20 @@ class Grid(Method):
         on_column = torch.isin(cell[..., 2], torch.tensor(sorted(x), device=cell.device))
         return tokens.keep(compact(on_row & on_column & tokens.mask()))
 
+    @at("vision.patches")
+    def sample_first(self, tokens: Tokens, at: Stage) -> Tokens:
+        return self.sample(tokens, at)
+
 
 @register
-class Pool(Method):
+class Pool(_Placed):
     """Averages neighbouring patches: the grid becomes the coarser one that comes nearest to the budget from below."""
 
     card = Card(
         slug="pool", title="Average pooling", arxiv="", kind="reduce", hosts=_HOSTS, baseline=True,
-        summary="Averages neighbouring patches after the vision encoder.", identity={"keep": 1.0}, parameters=_KEEP,
+        summary="Averages neighbouring patches after the vision encoder.", identity={"keep": 1.0}, parameters=_PLACED,
         coarse=True,
     )  # fmt: skip
-
-    def __init__(self, *, keep: float = 0.5) -> None:
-        self.keep = share("keep", keep)
 
     @at("vision.output")
     def average(self, tokens: Tokens, at: Stage) -> Tokens:
@@ -102,6 +125,10 @@ class Pool(Method):
         height, width = at.signals.grid()
         rows, columns = coarser((height, width), self.keep)
         return tokens.pool((height / rows, width / columns))
+
+    @at("vision.patches")
+    def average_first(self, tokens: Tokens, at: Stage) -> Tokens:
+        return self.average(tokens, at)
 
 
 @register

@@ -18,8 +18,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 class SceneTransformer(VisionTransformer):
     """A timm ViT that names the objects of a scene (class token) and the object under every patch (patch tokens).
 
-    Pictures are (B, 3, img_size, img_size) float in -1..1. `forward` gives (B, num_classes) logits, one binary
-    decision an object name, as for any timm model. The heads on the patch tokens:
+    Pictures are (B, 3, img_size, img_size) float in -1..1, with `dynamic_img_size` of any multiple of `patch_size`.
+    `forward` gives (B, num_classes) logits, one binary decision an object name, as for any timm model. The heads on the patch tokens:
 
     - `patch_head`: (N, 1 + num_classes) logits from the normalised last layer, class 0 is background;
     - `early_patch_head`: the same from the output of the last but one block, which LLaVA reads;
@@ -36,6 +36,7 @@ class SceneTransformer(VisionTransformer):
         depth: int = 5,
         num_heads: int = 4,
         num_classes: int = 40,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__(
             img_size=img_size,
@@ -46,6 +47,7 @@ class SceneTransformer(VisionTransformer):
             num_classes=num_classes,
             pre_norm=True,
             act_layer=QuickGELU,
+            dynamic_img_size=dynamic_img_size,
         )
         self.patch_head = nn.Linear(embed_dim, 1 + num_classes)
         self.early_patch_head = nn.Linear(embed_dim, 1 + num_classes)
