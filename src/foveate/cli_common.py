@@ -153,12 +153,14 @@ def rows_kept(out: Path) -> Iterator[list[Any]]:
 def show_comparison(
     comparison: Table[R], out: Path, model: str, picture: Image.Image | None = None,
     clip: Sequence[tuple[float, Image.Image]] = (),
+    made: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]] = (),
 ) -> None:  # fmt: skip
     """Writes a comparison and its report into the folder, and prints the table and the choice.
 
     Args:
         model: as the user named it.
         picture, clip: what the model saw, for the overlays; see `foveate.report.html.report_html`.
+        made: what the model made; see there.
     """
     from foveate.report.html import report_html
     from foveate.report.table import comparison_table
@@ -166,7 +168,7 @@ def show_comparison(
     from foveate.report.write import write_files
 
     command = shlex.join(["foveate", *sys.argv[1:]])
-    page = report_html(comparison, command=command, model=model, picture=picture, clip=clip)
+    page = report_html(comparison, command=command, model=model, picture=picture, clip=clip, made=made)
     write_files(out, {"comparison.json": comparison.to_json(), "report.html": page})
     (out / PARTIAL).unlink(missing_ok=True)
     console = make_console()

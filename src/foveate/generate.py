@@ -136,7 +136,7 @@ class DiffusionGenerator:
             raise InputError("height and width go together: most pipelines do not heed one alone")
         self.pipeline, self.small, self.seed = pipeline, small, seed
         asked = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-        self.settings = {name: value for name, value in asked.items() if value is not None}
+        self.settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         check_call(type(pipeline), self.settings)
 
     @property
@@ -162,8 +162,8 @@ class DiffusionGenerator:
         if "height" in self.settings:
             return self.settings["height"], self.settings["width"]
         denoiser: Any = denoiser_of(self.pipeline)
-        sample = getattr(self.pipeline, "default_sample_size", None) or denoiser.config.get("sample_size") or 0
-        height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
+        sample: Any = getattr(self.pipeline, "default_sample_size", None) or denoiser.config.get("sample_size") or 0
+        height, width = (sample, sample) if isinstance(sample, int) else sample[-2:]
         return height * self.scale, width * self.scale
 
     @property

@@ -68,6 +68,8 @@ class Task:
         tokens: what methods spend less of.
         budget: one line on what a budget is.
         samples: one, and several.
+        cost: what is to be saved, "FLOPs" or "time".
+        plain: what the baselines are.
     """
 
     name: str
@@ -78,6 +80,13 @@ class Task:
     budget: str
     tokens: str = "visual tokens"
     samples: tuple[str, str] = ("sample", "samples")
+    cost: str = "FLOPs"
+    plain: str = "plain down-sampling"
+
+    def spent(self, row: Measured) -> float:
+        """What a row costs, as a share of dense."""
+        ratio = row.time_ratio if self.cost == "time" else row.flops_ratio
+        return float("nan") if ratio is None else ratio
 
     def quality(self, rows: Sequence[Measured]) -> Figure:
         """The figure that rows are chosen by."""
@@ -245,13 +254,15 @@ def choose(rows: Sequence[R], task: Task = ANSWERING) -> tuple[R | None, str]:
     """The row to recommend and why.
 
     Quality is the task's (`Task.quality`): accuracy, or agreement with dense where there are no right answers. Of the
-    rows that need fewer FLOPs than dense and are as good as it but for `near` (1 point), the cheapest is chosen. Where
-    there is none, the one that loses least for each FLOP saved. Baselines take part; the reason says where one wins.
+    rows that cost less than dense (`Task.cost`) and are as good as it but for `near` (1 point), the cheapest is chosen.
+    Where there is none, the one that loses least for what it saves. Baselines take part; where one wins, the reason
+    says so.
     """
     figure = task.quality(rows)
     assert figure.near is not None
     near = figure.near
-    margin = f"{100 * near:g} point" if figure.unit == "share" else f"{near:g} {figure.unit}"
+    points = "1 point" if near == 0.01 else f"{100 * near:.3g} points"
+    margin = points if figure.unit == "share" else f"{near:g} {figure.unit}"
 
     def quality(row: R) -> float:
         value = row.figure(figure.name)
@@ -261,30 +272,28 @@ def choose(rows: Sequence[R], task: Task = ANSWERING) -> tuple[R | None, str]:
     def loss(row: R) -> float:
         return figure.loss(full, quality(row))
 
-    def cost(row: R) -> float:
-        assert row.flops_ratio is not None
-        return row.flops_ratio
-
     full = quality(rows[0])
     dense = f"dense ({figure.text(full)})"
-    candidates = [row for row in rows[1:] if row.refused is None and cost(row) < 1]
+    candidates = [row for row in rows[1:] if row.refused is None and task.spent(row) < 1]
     if not candidates:
-        return None, "nothing measured needs fewer FLOPs than dense"
+        return None, f"nothing measured needs {'less time' if task.cost == 'time' else 'fewer FLOPs'} than dense"
 
     def best(among: Sequence[R]) -> tuple[R, bool]:
         good = [row for row in among if loss(row) <= near + 1e-9]
         if good:
-            return min(good, key=lambda row: (cost(row), loss(row))), True
-        return min(among, key=lambda row: (loss(row) / (1 - cost(row)), cost(row))), False
+            return min(good, key=lambda row: (task.spent(row), loss(row))), True
+        return min(among, key=lambda row: (loss(row) / (1 - task.spent(row)), task.spent(row))), False
 
     def told(row: R) -> str:
-        return f"{row.label} ({figure.text(quality(row))} {figure.words} for {100 * cost(row):.0f} % of the FLOPs)"
+        spent = f"{100 * task.spent(row):.0f} % of the {task.cost}"
+        return f"{row.label} ({figure.text(quality(row))} {figure.words} for {spent})"
 
     winner, good = best(candidates)
     if good:
         why = f"{told(winner)} is the cheapest within {margin} of {dense}"
     else:
-        why = f"nothing stays within {margin} of {dense}; {told(winner)} loses least per FLOP saved"
+        saved = "second" if task.cost == "time" else "FLOP"
+        why = f"nothing stays within {margin} of {dense}; {told(winner)} loses least per {saved} saved"
     published = [row for row in candidates if not row.baseline]
     if winner.baseline:
         why += ". It is a plain baseline: no published method did better here"

@@ -30,6 +30,7 @@ def report_html(
     model: str,
     picture: Image.Image | None = None,
     clip: Sequence[tuple[float, Image.Image]] = (),
+    made: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]] = (),
 ) -> str:
     """The report as text. Whatever the user gave (command, model, prompts, names) is escaped.
 
@@ -39,6 +40,7 @@ def report_html(
         model: name or path of the model.
         picture: what the model saw of the picture of `comparison.shown`, for the overlays.
         clip: where that is a clip, the second at which each frame is shown, and what the model saw of it.
+        made: of models that make pictures, a row's label and its pictures with what stands below each.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = importlib.resources.files("foveate.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -55,7 +57,8 @@ def report_html(
         environment=_flat({name: value for name, value in comparison.environment.items() if name != "command"}),
         why=reason(comparison),
         chosen=None if chosen is None else cells(chosen, task),
-        plot=Markup(plot_svg(comparison)),  # our own drawing; matplotlib escapes the names in it
+        plot=_plot(comparison),
+        made=[(label, [(text, _data(_shown(one))) for text, one in pictures]) for label, pictures in made],
         columns=columns,
         legend={name: text for name, text in legend(task).items() if name in columns},
         sections=[[_table_row(comparison, row, first=row is group[0]) for group in block for row in group]
@@ -66,6 +69,14 @@ def report_html(
         in_row=min(ROW, len(clip)),
         papers=_papers(comparison.rows),
     )  # fmt: skip
+
+
+def _plot(comparison: Table[R]) -> Markup | None:
+    """None where there is no quality to plot."""
+    by = comparison.task.quality(comparison.rows)
+    if all(row.figure(by.name) is None for row in comparison.rows):
+        return None
+    return Markup(plot_svg(comparison))  # our own drawing; matplotlib escapes the names in it
 
 
 def _table_row(comparison: Table[R], row: R, first: bool) -> dict[str, Any]:

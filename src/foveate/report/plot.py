@@ -22,7 +22,7 @@ _VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)"}
 
 
 def plot_svg(comparison: Table[R]) -> str:
-    """Quality over the share of dense's FLOPs, as inline SVG: the figure that the comparison chooses by, better above.
+    """Quality over the share of dense's cost, as inline SVG: the figure that the comparison chooses by, better above.
 
     Points are labelled with their method at the end of each line. No font, script or address is embedded.
     """
@@ -40,9 +40,6 @@ def plot_svg(comparison: Table[R]) -> str:
         value = row.figure(by.name)
         return float("nan") if value is None else scale * value
 
-    def cost(row: R) -> float:
-        return float("nan") if row.flops_ratio is None else row.flops_ratio
-
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "foveate", "font.family": "sans-serif", "font.size": 10}
     with rc_context(settings):
         figure = Figure(figsize=(8.4, 4.6))
@@ -50,7 +47,7 @@ def plot_svg(comparison: Table[R]) -> str:
         labels: list[tuple[float, float, str, str]] = []
         for baseline, groups in zip((True, False), sections(comparison)):
             for i, group in enumerate(g for g in groups if g[0].method != "dense"):
-                points = sorted((cost(row), quality(row)) for row in group if row.refused is None)
+                points = sorted((task.spent(row), quality(row)) for row in group if row.refused is None)
                 if not points:
                     continue
                 colour = _SOFT if baseline else COLOURS[i % len(COLOURS)]
@@ -69,8 +66,8 @@ def plot_svg(comparison: Table[R]) -> str:
                 labels.append((*points[-1], group[0].method, colour))
         for row in dense:
             axes.axhline(quality(row), color=_LINE, linewidth=1, zorder=1)
-            axes.plot([cost(row)], [quality(row)], marker="*", markersize=13, color=_INK, zorder=4)
-            labels.append((cost(row), quality(row), "dense", _INK))
+            axes.plot([task.spent(row)], [quality(row)], marker="*", markersize=13, color=_INK, zorder=4)
+            labels.append((task.spent(row), quality(row), "dense", _INK))
         # Labels stand in a column at the right, apart from each other, each tied to the end of its line.
         axes.margins(x=0.04, y=0.08)
         low, high = axes.get_ylim()
@@ -89,7 +86,7 @@ def plot_svg(comparison: Table[R]) -> str:
             )  # fmt: skip
         if by.lower:
             axes.invert_yaxis()
-        axes.set_xlabel(f"FLOPs of {task.work}, as a share of dense", color=_INK)
+        axes.set_xlabel(f"{task.cost} of {task.work}, as a share of dense", color=_INK)
         axes.set_ylabel(f"{by.words} ({unit})", color=_INK)
         axes.tick_params(colors=_SOFT, length=3)
         axes.grid(color=_LINE, linewidth=0.5, alpha=0.6)
@@ -110,7 +107,7 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r'\1role="img" aria-label="quality against FLOPs"', svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r'\1role="img" aria-label="quality against cost"', svg, count=1)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
