@@ -29,13 +29,17 @@ class Revival(nn.Module):
         self.register_buffer("spread", torch.zeros(()))
 
     @torch.no_grad()
-    def forward(self, quantizer: VectorQuantizer, ids: Tensor, loss: Tensor) -> None:
-        """Counts the ids of a batch, `loss` being the quantiser's; moves codes when it is time."""
+    def count(self, quantizer: VectorQuantizer, ids: Tensor, loss: Tensor) -> None:
+        """Counts the ids of a batch, `loss` being the quantiser's."""
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
         # Both parts of the loss are the mean square distance of latents to their codes.
         self.spread.copy_(loss / (1 + quantizer.commitment))
         self.calls += 1
-        if self.calls % REVIVE_EVERY:
+
+    @torch.no_grad()
+    def move(self, quantizer: VectorQuantizer) -> None:
+        """Moves codes when it is time: before a batch, as the gradients of the last one need the codes as they were."""
+        if self.calls == 0 or self.calls % REVIVE_EVERY:
             return
         random, weight = torch.Generator().manual_seed(int(self.calls)), quantizer.embedding.weight
         unused = torch.nonzero(self.uses == 0).flatten()

@@ -29,7 +29,7 @@ _ONE_STAGE: dict[str, Any] = {"head": "pixels", "legacy_layout": False}
 _VAE: dict[str, Any] = {**_ONE_STAGE, "quantiser": "vae", "channels": 16}
 TINY: dict[str, Any] = {
     "image": 64, "patch": 8, "encoder": "tiny", "decoder": "tiny", "codes": 1024, "legacy_layout": False,
-    "pixel_codes": 512, "pixel_channels": 64, "pixel_width": 32, "pixel_multipliers": (1, 1, 2, 4),
+    "pixel_codes": 512, "pixel_channels": 64, "pixel_width": 16, "pixel_multipliers": (1, 2, 4, 4),
 }  # fmt: skip
 """What this project's tiny tokenizers share."""
 
