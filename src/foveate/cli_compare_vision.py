@@ -1,0 +1,86 @@
+"""`foveate compare --task recognition|segmentation`: models that look at pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from foveate.cli_common import (
+    ALL,
+    make_accelerator,
+    parse_methods,
+    printable,
+    progress_bar,
+    rows_kept,
+    show_comparison,
+)
+from foveate.configuration import is_file
+from foveate.method import InputError
+
+SCENES = 256
+
+
+def run(
+    task: str, model: str | None, data: Path | None, methods: str | None, budgets: tuple[float, ...], out: Path,
+    device: str, dtype: str, count: int | None, batch_size: int, seed: int,
+) -> None:  # fmt: skip
+    """What the command does for a task; exit code 1 where pictures had to be left out."""
+    names, folders = split_methods(methods)
+    accelerator = make_accelerator(device)
+    if accelerator.num_processes > 1:
+        raise InputError(f"--task {task} runs in one process; start it without accelerate launch")
+    where = str(accelerator.device) if device == "auto" else device
+    _compare_pictures(task, model, data, names, folders, budgets, out, where, dtype, count, batch_size, seed)
+
+
+def split_methods(methods: str | None) -> tuple[Sequence[str] | None, list[str]]:
+    """Of --methods, names and configuration files (None for all), and folders of trained models.
+
+    Raises:
+        InputError: for unknown names, and for one that needs weights.
+    """
+    from foveate.measure.vision_models import check_untrained, is_trained
+
+    if methods is None or methods.strip() == ALL:
+        return None, []
+    entries = [part.strip() for part in methods.split(",") if part.strip()]
+    folders = [one for one in entries if not is_file(one) and is_trained(one)]
+    names = [one for one in entries if one not in folders]
+    if ALL in names:
+        return None, folders
+    for name in names:
+        if not is_file(name):
+            check_untrained(name)
+    return (parse_methods(",".join(names)) if names or not folders else ()), folders
+
+
+def _compare_pictures(
+    task: str, model: str | None, data: Path | None, names: Sequence[str] | None, folders: Sequence[str],
+    budgets: tuple[float, ...], out: Path, device: str, dtype: str, count: int | None, batch_size: int, seed: int,
+) -> None:  # fmt: skip
+    import torch
+
+    from foveate.measure.compare_vision import compare_vision, folder_samples, goal_of, scene_samples
+    from foveate.measure.vision_models import DEFAULT, load_trained, load_vision_model
+
+    kind: Any = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    host = load_vision_model(model or DEFAULT, device, kind)
+    goal = goal_of(task, host)
+    trained = [load_trained(one, device, kind) for one in folders]
+    samples, notes = scene_samples(goal, count or SCENES, seed) if data is None else folder_samples(goal, data, count)
+    with rows_kept(out) as rows, progress_bar() as advance:
+        comparison, pictures = compare_vision(
+            goal, samples, names, trained, budgets=budgets, batch_size=batch_size, seed=seed, notes=notes,
+            on_progress=advance, on_row=rows.append,
+        )  # fmt: skip
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+    show_comparison(comparison, out, host.name, host.restored(pictures.pixels([0])[0]))
+    for why in pictures.broken.values():
+        print(f"left out: {printable(why)}", file=sys.stderr)
+    if pictures.broken:
+        raise typer.Exit(1)
