@@ -13,14 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 PAD = 0
 
 
-def llama(seed: int = 0, *, words: int = 40, width: int = 16, sharpness: float = 8.0, **changes: Any) -> Any:
+def llama(seed: int = 0, *, words: int = 40, width: int = 16, layers: int = 2, sharpness: float = 8.0) -> Any:
     """Random weights, scaled so that tokens depend on each other, and clearly differ in probability."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=words, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            vocab_size=words, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
             num_attention_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=PAD,
-            **changes,
         )  # fmt: skip
         model = LlamaForCausalLM(config).eval()
         for weight in model.parameters():

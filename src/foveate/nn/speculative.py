@@ -369,13 +369,15 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
 
     p itself where rounding leaves nothing: p and q are then the same.
     """
-    left = (target - draft).clamp(min=0)
-    return normalised(torch.where(left.sum(-1, keepdim=True) > 0, left, target))
+    return normalised((target - draft).clamp(min=0), target)
 
 
-def normalised(weights: Tensor) -> Tensor:
-    """(..., V) weights to sum 1."""
-    return weights / weights.sum(-1, keepdim=True)
+def normalised(*weights: Tensor) -> Tensor:
+    """(..., V) distributions by the first of `weights`, each (..., V), that is not zero everywhere."""
+    found = weights[-1]
+    for one in reversed(weights[:-1]):
+        found = torch.where(one.sum(-1, keepdim=True) > 0, one, found)
+    return found / found.sum(-1, keepdim=True)
 
 
 def leading(passed: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from foveate.method import Card, Claim, InputError, Published, choice, configured, register, whole, within
 from foveate.nn.draft_tree import Draft, FeatureDraft, Node, Tree, dynamic_tree, static_shape, static_tree
-from foveate.nn.speculative import DecodeReport, Decoding, draw, normalised, residual
+from foveate.nn.speculative import DecodeReport, Decoding, draw, normalised
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "llamagen-xl": {},
@@ -292,6 +292,9 @@ class Lantern(Published):
         code = (x - self.offset).clamp(0, len(self.table) - 1)
         if self.table.device != x.device:
             self.table = self.table.to(x.device)
+        if self.table.dtype == torch.uint16:
+            # Unsigned rows cannot be looked up on every device.
+            return (self.table.view(torch.int16)[code].long() & 0xFFFF) + self.offset
         return self.table[code].long() + self.offset
 
     def rejected(self, p: Tensor, x: Tensor, lent: Tensor, q: Tensor | None) -> Tensor:
@@ -299,22 +302,18 @@ class Lantern(Published):
 
         `q` (B, V) is what x was drawn from; None where it was not drawn.
         """
-        without = p.scatter(1, x.unsqueeze(1), 0.0)
-        taken = lent
+        alone = p.scatter(1, x.unsqueeze(1), 0.0)
+        left = alone
         if self.table is not None:
-            near = self._neighbours(x)
+            near, taken = self._neighbours(x), lent
             if self.residual == "released":
                 taken = lent.any(1, keepdim=True).expand_as(lent)
                 if q is not None:
                     q = q.scatter(1, near, torch.where(taken, 0.0, q.gather(1, near)))
                     taken = torch.zeros_like(taken)
-            without = without.scatter(1, near, torch.where(taken, 0.0, without.gather(1, near)))
-        if q is not None:
-            return residual(without, q)
+            left = left.scatter(1, near, torch.where(taken, 0.0, left.gather(1, near)))
         # Rounding, or the release's zeros, may leave nothing.
-        alone = p.scatter(1, x.unsqueeze(1), 0.0)
-        without = torch.where(without.sum(1, keepdim=True) > 0, without, alone)
-        return normalised(torch.where(without.sum(1, keepdim=True) > 0, without, p))
+        return normalised(left if q is None else (left - q).clamp(min=0), alone, p)
 
     def _sample(self, tree: Tree, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nodes that are accepted (B, L) bool, the last of them (B,), and the token behind it (B,)."""
