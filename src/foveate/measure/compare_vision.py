@@ -240,7 +240,15 @@ class Segmentation:
         self.classes = (_BACKGROUND, *NAMES)
 
     def dense(self, pixels: Tensor) -> Tensor:
-        return self._head(self.host.model.patch_head, self.host.model.forward_features(pixels))
+        model, seen = self.host.model, list[Tensor]()
+        # The whole forward, so that a method's hooks see it; those on the norm came before this one.
+        handle = model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            model(pixels)
+        finally:
+            handle.remove()
+        logits: Tensor = model.patch_head(seen[-1][:, model.num_prefix_tokens :])
+        return logits.float().transpose(1, 2)
 
     def reduced(self, pixels: Tensor, applied: Any) -> Tensor:
         logits = self.dense(pixels)
@@ -248,10 +256,6 @@ class Segmentation:
             return logits
         token = nearest_source(applied.trace[-1].source, self.grid)
         return logits.gather(2, token.unsqueeze(1).expand(-1, logits.shape[1], -1))
-
-    def _head(self, head: nn.Module, tokens: Tensor) -> Tensor:
-        logits: Tensor = head(tokens[:, self.host.model.num_prefix_tokens :])
-        return logits.float().transpose(1, 2)
 
     def trained(self, other: Trained, pixels: Tensor) -> Tensor:
         if other.slug == "dtop":
@@ -567,8 +571,8 @@ class _Bench:
         dense = _Nothing()
         time = interleave(lambda: once(nullcontext(dense)), lambda: once(apply(goal.host.model, methods)), self.pairs)
         each = {one["method"]: one["settings"] for one in describe(methods)}
-        stages = (("vision.input", float(self.shape.patches)),)
-        stages += tuple((stage, sum(left) / len(left)) for stage, left in counts.items())
+        after = ((stage, sum(left) / len(left)) for stage, left in counts.items())
+        stages = (("vision.input", float(self.shape.patches)), *after)
         share = sum(shares) / len(shares)
         budget = budget or round(share, 4)
         row = self._measured(
