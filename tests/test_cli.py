@@ -173,10 +173,10 @@ def test_verify_prints_both_figures_and_fails_by_exit_code(run: Run, monkeypatch
 def test_train_passes_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(recipes, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
-    settings = ["--set", "steps=3", "--set", "lr=1e-3", "--set", "tower=runs/a=b"]
+    settings = ["--set", "steps=3", "--set", "lr=1e-3", "--set", "tower=runs/a=b", "--set", "vary=false"]
     assert run("train", "tiny-llava", "--out", "r", "--seed", "7", "--smoke", "--fresh", *settings)[0] == 0
     given = {"out": Path("r"), "seed": 7, "resume": False, "smoke": True}
-    assert calls == [(("tiny-llava",), given | {"steps": 3, "lr": 0.001, "tower": "runs/a=b"})]
+    assert calls == [(("tiny-llava",), given | {"steps": 3, "lr": 0.001, "tower": "runs/a=b", "vary": False})]
 
 
 def test_bugs_keep_their_traceback_and_files_do_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,14 +96,14 @@ def check_dtype(name: str) -> str:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value a Python literal or a bare word."""
+    """NAME=VALUE, the value a Python literal, true, false or a bare word."""
     name, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set wants NAME=VALUE, not {text!r}")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return name, value  # a bare word is a string
+        return name, {"true": True, "false": False}.get(value, value)
 
 
 def parse_methods(text: str | None) -> Sequence[str] | None:

@@ -67,7 +67,7 @@ class Card:
     Attributes:
         slug, title, arxiv, year: of the paper; `arxiv` is its number, "" for a baseline.
         kind: one of `KINDS`.
-        hosts: families the method applies to: "hf-vlm", "hf-vision", "hf-video", "timm", "diffusers".
+        hosts: families the method applies to: "hf-vlm", "hf-vision", "hf-video", "timm", "diffusers", "hf-causal-lm".
         summary: one sentence for `foveate methods`.
         training_free: whether it works without trained weights of its own.
         identity: arguments with which the method changes nothing, where there are such.

@@ -20,6 +20,7 @@ FAMILIES = {
     "hf-video": "video encoders of transformers",
     "timm": "vision transformers of timm",
     "diffusers": "pipelines of diffusers",
+    "hf-causal-lm": "causal language models of transformers",
 }
 """What `Card.hosts` names."""
 
