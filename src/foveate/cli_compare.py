@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foveate import cli_compare_generation
 from foveate.cli_common import (
     DEFAULT_FRAMES,
     DeviceOption,
@@ -38,19 +39,25 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-llava"
 VIDEO_MODEL = "tiny-onevision"
-TASKS = ("answering",)
+TASKS = ("answering", "generation", "recognition", "segmentation")
+
+_OPTIONS = {
+    "answering": ("--image", "--video", "--prompt", "--dataset"),
+    "generation": ("--prompts", "--steps", "--small"),
+}
+"""Those that say what to compare on, or with; of other tasks it is --data."""
 
 
 def compare(
     task: Annotated[
         str,
-        typer.Option(help=f"What the model is for: {', '.join(TASKS)}. Options are the first one's but for --data."),
+        typer.Option(help=f"What the model is for: {', '.join(TASKS)}."),
     ] = TASKS[0],
     model: Annotated[
         str | None,
         typer.Option(
             help="Shipped model, local folder, or hub id OWNER/NAME (which is downloaded). Without it: tiny-llava, "
-            "with --video tiny-onevision."
+            "with --video tiny-onevision; to recognise or segment, tiny-vit."
         ),
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture to ask --prompt about; may be repeated.")] = None,
@@ -60,11 +67,19 @@ def compare(
     dataset: Annotated[
         Path | None, typer.Option(help="JSONL, a line {image or video, prompt, answer, type}; the last two optional.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of pictures, for recognition CLASS/NAME.jpg, for segmentation images/NAME.jpg with "
+            "masks/NAME.png. Without it: held-out scenes."
+        ),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated names (see `foveate methods`) and configuration files (FILE.json), or all. Without "
-            "it: four on the shipped model and scenes, so that it takes minutes; otherwise all."
+            help="Comma-separated names (see `foveate methods`) and configuration files (FILE.json), or all; of other "
+            "tasks than answering also folders that `foveate train` wrote. Without it: four on the shipped model and "
+            "scenes, so that it takes minutes; otherwise all."
         ),
     ] = None,
     keep: Annotated[
@@ -78,11 +93,20 @@ def compare(
         typer.Option(
             "--questions",
             "--samples",
+            "--count",
             help="Use this many questions, or whatever the task has; of a data set the first.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples run together.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the held-out scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the held-out scenes; of the noise that pictures are made of.")] = 0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="For generation: a text file, a prompt a line. Without it: captions of scenes.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="For generation: of the sampler [the pipeline's own].")] = None,
+    small: Annotated[
+        str | None,
+        typer.Option("--small", "--draft", help="For generation: a smaller model, for methods that take one."),
+    ] = None,
 ) -> None:
     """Measure what every method saves and costs on a model, beside plain down-sampling at the same budgets."""
     from foveate.report.write import check_folder
@@ -91,13 +115,32 @@ def compare(
     if task not in TASKS:
         raise InputError(f"--task: unknown {task!r}; {did_you_mean(task, TASKS)}")
     budgets = parse_budgets(keep)
-    names = parse_methods(methods)
     at_least("--questions", questions, 1)
+    at_least("--steps", steps, 1)
     at_least("--batch-size", batch_size, 1)
     at_least("--seed", seed, 0)
     at_least("--frames", frames, 1)
     kind = check_dtype(dtype)
     check_folder(out)
+    given = {
+        "--image": image, "--video": video, "--prompt": prompt, "--dataset": dataset, "--data": data,
+        "--prompts": prompts, "--steps": steps, "--small": small,
+    }  # fmt: skip
+    own = _OPTIONS.get(task, ("--data",))
+    if wrong := next((option for option, value in given.items() if value and option not in own), None):
+        raise InputError(f"--task {task} takes no {wrong}; it takes {', '.join(own)}")
+    if task == "generation":
+        cli_compare_generation.run(
+            model=model, small=small, methods=methods, prompts=prompts, count=questions, steps=steps, seed=seed,
+            batch_size=batch_size, out=out, device=device, dtype=kind,
+        )  # fmt: skip
+        return
+    if task != TASKS[0]:
+        from foveate import cli_compare_vision
+
+        cli_compare_vision.run(task, model, data, methods, budgets, out, device, kind, questions, batch_size, seed)
+        return
+    names = parse_methods(methods)
     model = model or (VIDEO_MODEL if video else DEFAULT_MODEL)
     source = find_model(model)
     samples = read_samples(image or [], prompt, dataset, questions, seed, video or [], frames)
