@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-llava"
 VIDEO_MODEL = "tiny-onevision"
-TASKS = ("answering", "generation", "recognition", "segmentation")
+TASKS = ("answering", "generation", "recognition", "segmentation", "pose")
 
 _OPTIONS = {
     "answering": ("--image", "--video", "--prompt", "--dataset"),
@@ -71,7 +71,7 @@ def compare(
         Path | None,
         typer.Option(
             help="A folder of pictures, for recognition CLASS/NAME.jpg, for segmentation images/NAME.jpg with "
-            "masks/NAME.png. Without it: held-out scenes."
+            "masks/NAME.png; for pose of motion files. Without it: held-out scenes, pybullet's motions."
         ),
     ] = None,
     methods: Annotated[

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveate import zoo
 from foveate.data.scenes import NAMES
 from foveate.hosts import SUPPORTED
-from foveate.method import InputError, Published, did_you_mean, published_class
+from foveate.method import InputError, Published, did_you_mean, published, published_class
 
 DEFAULT = "tiny-vit"
 TRAINED = ("stvit", "sit-slim", "sparsifiner", "ssm-prune", "davit", "strip-mlp", "dtop", "hot")
@@ -145,8 +145,9 @@ def load_trained(entry: str, device: str = "cpu", dtype: torch.dtype = torch.flo
 
 
 def is_trained(entry: str) -> bool:
-    """Whether an entry of --methods is a trained model's: NAME=FOLDER, or a folder that is there or can only be one."""
-    return "=" in entry or "/" in entry or Path(entry).is_dir()
+    """Whether an entry of --methods is a trained model's: NAME=FOLDER, a folder that is there and no method's name, or
+    what can only be a folder."""
+    return "=" in entry or "/" in entry or (Path(entry).is_dir() and entry not in published())
 
 
 def check_untrained(name: str) -> None:
