@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foveate.cli_common import (
+    ALL,
     make_accelerator,
     progress_bar,
     rows_kept,
@@ -35,7 +36,7 @@ def run(
     steps: int | None, seed: int, batch_size: int, out: Path, device: str, dtype: str,
 ) -> None:  # fmt: skip
     """The command; numbers, folder and dtype are checked already."""
-    names = parse_names(methods)
+    names = parse_names(methods or ALL)
     if model is None:
         model, small = _shipped(small)
     source = find_generator(model)

@@ -211,7 +211,22 @@ class _Bench:
         asked = [_Entry(label, self.generator, False, tuple(methods)) for label, methods in entries.items()]
         if not isinstance(self.generator, DiffusionGenerator):
             asked = self._speculative() + asked
-        methods, refusals = [], {}
+        methods: list[_Entry] = []
+        refusals: dict[str, str] = {}
+
+        def refuse(entry: _Entry, error: InputError) -> None:
+            if not refusable and not entry.baseline:
+                raise InputError(f"{entry.name}: {error}") from None
+            refusals[entry.name] = str(error)
+
+        # What cannot even be applied is told before anything is made.
+        for entry in asked:
+            try:
+                with self.generator.at_work(entry.methods):
+                    pass
+            except InputError as error:
+                refuse(entry, error)
+        asked = [entry for entry in asked if entry.name not in refusals]
         total = len(asked) + 1
         self._dense_cost = dense = self._cost(self.generator, ())
         self.on_progress(1, total, f"counting {DENSE}")
@@ -219,9 +234,7 @@ class _Bench:
             try:
                 cost = self._cost(self.generator, entry.methods)
             except InputError as error:
-                if not refusable and not entry.baseline:
-                    raise InputError(f"{entry.name}: {error}") from None
-                refusals[entry.name] = str(error)
+                refuse(entry, error)
                 continue
             finally:
                 self.on_progress(number, total, f"counting {entry.name}")
