@@ -52,11 +52,14 @@ class TinyDitSettings(DiffusionSettings):
 
 @dataclasses.dataclass(frozen=True)
 class TinyDitSmallSettings(TinyDitSettings):
-    """`large`: folder of a trained tiny-dit, whose text encoder is taken; "zoo" or "" as for `vae`."""
+    """`large`: folder of a trained tiny-dit, whose text encoder is taken; "zoo" or "" as for `vae`.
+
+    Heads are as wide as tiny-dit's: positions, which the pipeline makes for these, then serve both.
+    """
 
     layers: int = 4
-    width: int = 80
-    heads: int = 4
+    width: int = 72
+    heads: int = 3
     large: str = ""
 
 

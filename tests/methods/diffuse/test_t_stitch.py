@@ -286,6 +286,7 @@ def flow(**config: Any) -> Any:
         ("sd", lambda: pipeline("sd", lambda: diffusers.DDIMScheduler(prediction_type="v_prediction")), "v_prediction"),
         ("sd", lambda: pipeline("sd", flow), "prediction_type None"),
         ("sd3", lambda: pipeline("sd3", lambda: flow(num_train_timesteps=500)), "num_train_timesteps 500"),
+        ("lumina", lambda: pipeline("lumina", hidden_size=64), "heads of 32 channels, the pipeline's denoiser of 16"),
     ],
 )
 def test_models_that_do_not_go_together(name: str, other: Any, message: str) -> None:

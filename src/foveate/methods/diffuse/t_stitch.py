@@ -232,6 +232,13 @@ class TStitch(Method):
                 ours, theirs = (getattr(one, "config", {}).get(key) for one in (model, call.module))
                 if ours is not None and theirs is not None and ours != theirs:
                     raise InputError(f"small: {name} has {key} {ours}, the pipeline's denoiser {theirs}")
+            if "image_rotary_emb" in call.arguments and "image_rotary_emb" not in own:
+                widths = [getattr(one, "head_dim", None) for one in (model, call.module)]
+                if widths[0] != widths[1]:
+                    raise InputError(
+                        f"small: {name} has heads of {widths[0]} channels, the pipeline's denoiser of {widths[1]}, for "
+                        "which its positions are: give arguments=[{'image_rotary_emb': …}]"
+                    )
             known = inspect.signature(model.forward).parameters
             foreign = [key for key in call.arguments if key not in known]
             if foreign:
