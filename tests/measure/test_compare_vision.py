@@ -141,6 +141,13 @@ def test_segmentation_puts_classes_back_on_patches(tiny: VisionModel) -> None:
     assert 0.4 < row(comparison, "resolution").flops_ratio < 0.6  # type: ignore[operator]
 
 
+def test_by_default_methods_act_inside_the_encoder(tiny: VisionModel) -> None:
+    comparison = compared(Recognition(tiny), 2, budgets=(0.5,))
+    assert {one.method for one in comparison.rows if not one.baseline} == {"tome"}
+    behind = compared(Recognition(tiny), 2, ["fopru"], budgets=(0.5,), baselines=())
+    assert row(behind, "fopru").flops_ratio >= 1  # type: ignore[operator]
+
+
 def test_a_dropped_patch_takes_the_nearest_token() -> None:
     source = torch.tensor([[0, -1, -1, -1, -1, 1], [-1, -1, -1, -1, -1, -1]])
     assert nearest_source(source, (2, 3)).tolist() == [[0, 0, 1, 0, 1, 1], [0] * 6]

@@ -31,6 +31,7 @@ from foveate.measure.comparison import (
     Table,
     Task,
     TaskRow,
+    candidates,
     check_budgets,
     choose,
     name_of,
@@ -418,13 +419,20 @@ def goal_of(task: str, host: VisionModel) -> Goal:
     return Segmentation(host)
 
 
-def before_encoder(shape: HostShape) -> tuple[str, ...]:
+def baselines_of(shape: HostShape) -> tuple[str, ...]:
     """The baselines that such a host has the stages for."""
     known = registry()
     return tuple(
         slug for slug, cls in known.items()
         if cls.card.baseline and slug != "dense" and any(stage in shape.stages for stage in cls.handlers())
     )  # fmt: skip
+
+
+def methods_of(shape: HostShape) -> tuple[str, ...]:
+    """The methods that need no training and act inside such a host. What acts behind the encoder alone spares a
+    language model tokens, which there is none of."""
+    known = registry()
+    return tuple(slug for slug in candidates(shape.family) if set(known[slug].handlers()) != {"vision.output"})
 
 
 def compare_vision(
@@ -448,7 +456,7 @@ def compare_vision(
         goal: of `goal_of`.
         samples: pictures, read when they are needed.
         methods, budgets, baselines, batch_size, timing_pairs, seed, on_progress, on_row: as for `foveate.compare`;
-            budgets are shares of the tokens at the encoder's end. None for all methods, () for none.
+            budgets are shares of the tokens at the encoder's end. None for all of `methods_of`, () for none.
         trained: measured once each, as they are.
         notes: on the data, kept with the results.
 
@@ -465,7 +473,8 @@ def compare_vision(
     progress = on_progress or (lambda done, total, text: None)
     model = goal.host.model
     shape = adapt(model).shape
-    baselines = before_encoder(shape) if baselines is None else baselines
+    baselines = baselines_of(shape) if baselines is None else baselines
+    methods = methods_of(shape) if methods is None else methods
     planned: list[tuple[Entry | Trained, float]] = [*plan(model, shape, methods, baselines, budgets)]
     planned += [(one, 0.0) for one in trained]
     pictures = Prepared(samples, goal.host.prepare, batch_size, progress)

@@ -3,6 +3,8 @@ transformers; and models with weights of their own that `foveate train` wrote, t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +133,9 @@ def load_trained(entry: str, device: str = "cpu", dtype: torch.dtype = torch.flo
         raise InputError(f"{folder}: a trained {slug!r} cannot stand beside others; {did_you_mean(slug, TRAINED)}")
     cls: Any = published_class(slug)
     try:
-        model = cls.from_pretrained(folder, local_files_only=True)
+        # huggingface_hub prints that it reads a folder.
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = cls.from_pretrained(folder, local_files_only=True)
         head = None
         if (path / "patch_head.safetensors").is_file():
             state = load_file(path / "patch_head.safetensors")
