@@ -53,7 +53,7 @@ def generation_task(judged: int, autoregressive: bool) -> Task:
                 "right", f"share of the {judged} captions whose objects tiny-vit ranks first in their pictures",
                 "of captions right",
                 # One standard error of the share; what is nearer may be luck.
-                near=max(0.01, _LUCK / math.sqrt(judged)) if judged else None,
+                near=max(0.01, round(_LUCK / math.sqrt(judged), 3)) if judged else None,
             ),
             Figure(
                 "Fréchet", "distance of the pictures to real scenes, on tiny-vit's features", unit="", lower=True,

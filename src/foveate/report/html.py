@@ -58,7 +58,7 @@ def report_html(
         why=reason(comparison),
         chosen=None if chosen is None else cells(chosen, task),
         plot=_plot(comparison),
-        made=[(label, [(text, _data(_shown(one))) for text, one in pictures]) for label, pictures in made],
+        made=[(label, [(text, _data(_at_most(one))) for text, one in pictures]) for label, pictures in made],
         columns=columns,
         legend={name: text for name, text in legend(task).items() if name in columns},
         sections=[[_table_row(comparison, row, first=row is group[0]) for group in block for row in group]
@@ -170,6 +170,11 @@ def _shown(picture: Image.Image) -> Image.Image:
     scale = SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def _at_most(picture: Image.Image) -> Image.Image:
+    """Small pictures as they are: the page enlarges them."""
+    return _shown(picture) if max(picture.size) > SIDE else picture
 
 
 def _data(picture: Image.Image) -> Markup:

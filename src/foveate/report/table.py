@@ -29,7 +29,7 @@ def comparison_table(comparison: Comparison[R]) -> Table:
     """
     columns, task = shown_columns(comparison), comparison.task
     heads = _HEADERS | {task.tokens: f"{task.tokens}\nby stage"}
-    heads |= {one.name: f"{one.name}\n({one.unit})" for one in task.figures if one.unit not in ("share", "B")}
+    heads |= {one.name: f"{one.name}\n({one.unit})" for one in task.figures if one.unit not in ("", "share", "B")}
     refusals = [f"{row.method} at {number(row.budget)}: {row.refused}" for row in comparison.rows if row.refused]
     table = Table(
         box=_RULES,
