@@ -46,6 +46,7 @@ BAD = [
     (["--prompts", "empty.txt"], "--prompts: empty.txt has no line with a prompt"),
     (["--prompts", "binary.txt"], "--prompts: binary.txt is no text in UTF-8"),
     (["--prompts", "."], "--prompts: .: is a directory"),
+    (["--keep", "0.5"], "--task generation takes no --keep"),
     (["--count", "0"], "must be at least 1"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--methods", "ras"], "StableDiffusionPipeline"),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-llava"
 VIDEO_MODEL = "tiny-onevision"
+KEEP = "0.5,0.25,0.1"
 TASKS = ("answering", "generation", "recognition", "segmentation", "pose")
 
 _OPTIONS = {
@@ -84,7 +85,7 @@ def compare(
     ] = None,
     keep: Annotated[
         str, typer.Option(help="Comma-separated budgets in (0, 1]: the share of visual tokens that each may spend.")
-    ] = "0.5,0.25,0.1",
+    ] = KEEP,
     out: Annotated[Path, typer.Option(help="Folder for report.html and comparison.json.")] = Path("foveate-out"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -130,6 +131,10 @@ def compare(
     if wrong := next((option for option, value in given.items() if value and option not in own), None):
         raise InputError(f"--task {task} takes no {wrong}; it takes {', '.join(own)}")
     if task == "generation":
+        if keep != KEEP:
+            raise InputError(
+                "--task generation takes no --keep; settings of methods stand in files, --methods FILE.json"
+            )
         cli_compare_generation.run(
             model=model, small=small, methods=methods, prompts=prompts, count=questions, steps=steps, seed=seed,
             batch_size=batch_size, out=out, device=device, dtype=kind,

@@ -38,6 +38,8 @@ _LEAST = 2
 _LUCK = 0.5
 """Greatest standard deviation of whether a caption holds."""
 _SEED_STRIDE = 1_000_003
+_OWN = ("denoiser", "model")
+"""What counters of `Generator.at_work` call the model itself."""
 
 OnRow = Callable[[TaskRow, Sequence["Image.Image"]], None]
 
@@ -48,7 +50,8 @@ def generation_task(judged: int, autoregressive: bool) -> Task:
         "generation",
         (
             Figure("steps", "of the sampler; of an autoregressive model, tokens", unit="", decimals=0),
-            Figure("calls", "runs of all models for one picture, mean over those that were timed", unit="", decimals=1),
+            Figure("calls", "runs of the model for one picture, mean over those that were timed", unit="", decimals=1),
+            Figure("small calls", "of a smaller model that a method takes", unit="", decimals=1),
             Figure(
                 "right", f"share of the {judged} captions whose objects tiny-vit ranks first in their pictures",
                 "of captions right",
@@ -100,6 +103,7 @@ class _Cost:
 
     flops: float
     calls: float
+    small_calls: float
     steps: int
 
 
@@ -300,7 +304,9 @@ class _Bench:
     def _cost(self, generator: Generator, methods: Sequence[Published]) -> _Cost:
         with generator.at_work(methods) as calls, flop_counter() as counter:
             steps = [self._alone(generator, number) for number in range(self.timed)]
-        return _Cost(counter.get_total_flops() / self.timed, sum(calls.values()) / self.timed, steps[0])
+        own = sum(count for name, count in calls.items() if name in _OWN)
+        flops, small = counter.get_total_flops(), calls.total() - own
+        return _Cost(flops / self.timed, own / self.timed, small / self.timed, steps[0])
 
     def _time(self, entry: _Entry) -> Any:
         def clock(generator: Generator, methods: Sequence[Published]) -> Callable[[], float]:
@@ -334,6 +340,8 @@ class _Bench:
             return TaskRow(entry.name, budget, entry.baseline, refused=str(error)), ()
         assert self._dense_cost is not None
         figures = {"steps": float(cost.steps), "calls": cost.calls, **self._quality(entry.name, pictures)}
+        if cost.small_calls:
+            figures["small calls"] = cost.small_calls
         ratio = cost.flops / self._dense_cost.flops
         spread = (1.0, 1.0, 1.0)
         if entry.name not in (DENSE, OTHER_NOISE):
