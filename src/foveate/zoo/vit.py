@@ -19,7 +19,8 @@ class SceneTransformer(VisionTransformer):
     """A timm ViT that names the objects of a scene (class token) and the object under every patch (patch tokens).
 
     Pictures are (B, 3, img_size, img_size) float in -1..1, with `dynamic_img_size` of any multiple of `patch_size`.
-    `forward` gives (B, num_classes) logits, one binary decision an object name, as for any timm model. The heads on the patch tokens:
+    `forward` gives (B, num_classes) logits, one binary decision an object name, as for any timm model. The heads on the
+    patch tokens:
 
     - `patch_head`: (N, 1 + num_classes) logits from the normalised last layer, class 0 is background;
     - `early_patch_head`: the same from the output of the last but one block, which LLaVA reads;
