@@ -182,10 +182,15 @@ def stages(cls: type[Published]) -> list[str]:
 
 
 def hyperparameters(cls: type[Published]) -> dict[str, Any]:
-    """Name -> default of the constructor's arguments; `inspect.Parameter.empty` where one has to be given."""
+    """Name -> default of the constructor's arguments, and of the base's where it hands others on to that;
+    `inspect.Parameter.empty` where one has to be given."""
+    parameters = inspect.signature(cls).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = {name: one for name, one in inspect.signature(cls).parameters.items() if one.kind not in kinds}
-    return {name: one.default for name, one in found.items()}
+    found = {one.name: one.default for one in parameters if one.kind not in kinds}
+    base = cls.__mro__[1]
+    if len(found) < len(parameters) and issubclass(base, Published) and hasattr(base, "card"):
+        found = {**hyperparameters(base), **found}
+    return found
 
 
 def _markdown(text: str) -> str:
@@ -254,7 +259,8 @@ def _qualities(slug: str, results: Mapping[str, Any]) -> Iterator[dict[str, Any]
                     "refused": row["refused"],
                     "share": share(row["visual_share"]),
                     "flops": share(row["flops_ratio"]),
-                    "time": share(row["time_ratio"]),
+                    # One pair is no median.
+                    "time": share(row["time_ratio"]) if content["options"].get("pairs", 0) > 2 else "–",
                     "accuracy": percent(row["accuracy"]),
                     "agreement": percent(row["agreement"]),
                     "beside": [percent(rows.get(row["budget"], {}).get("accuracy")) for rows in others.values()],

@@ -85,9 +85,9 @@ class OneDPiece(TiTok, library_name="foveate"):
         arxiv="2501.10064", year=2025, kind="tokenize", hosts=(), training_free=False,
         summary="Makes a picture a sequence of ids of which any prefix is a picture, too, the better the longer it is.",
         parameters={
+            **TiTok.card.parameters,
             "tail_drop": "whether training cuts the sequences at random places",
             "latents": "most ids of a picture",
-            **{name: TiTok.card.parameters[name] for name in ("image", "codes", "encoder, decoder", "legacy_layout")},
         },
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ _ONE_STAGE: dict[str, Any] = {"head": "pixels", "legacy_layout": False}
 _VAE: dict[str, Any] = {**_ONE_STAGE, "quantiser": "vae", "channels": 16}
 TINY: dict[str, Any] = {
     "image": 64, "patch": 8, "encoder": "tiny", "decoder": "tiny", "codes": 1024, "legacy_layout": False,
-    "pixel_codes": 512, "pixel_channels": 64, "pixel_width": 16, "pixel_multipliers": (1, 2, 4, 4),
+    "pixel_codes": 512, "pixel_channels": 8, "pixel_width": 16, "pixel_multipliers": (1, 2, 4, 4),
 }  # fmt: skip
 """What this project's tiny tokenizers share."""
 
@@ -149,11 +149,20 @@ class TiTok(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         summary="Makes a picture a sequence of 32 to 256 ids by a vision transformer, and pictures of such sequences.",
         parameters={
             "image": "side of the pictures in px",
+            "patch": "side of a patch in px",
             "latents": "ids of a picture",
-            "codes": "number of codes, of which an id is one",
-            "encoder, decoder": "size of the transformers: tiny, small, base or large",
+            "encoder": "tiny, small, base or large, or (width, layers, heads)",
+            "decoder": "likewise",
             "quantiser": "vq for ids, vae for continuous latents",
+            "codes": "number of codes, of which an id is one",
+            "channels": "of a code",
+            "normalised": "whether codes and latents are brought to unit length",
+            "commitment": "weight of the commitment loss",
             "head": "codes for the paper's two stages, pixels for its variants of one",
+            "pixel_codes": "codes of the VQGAN whose ids are the proxy codes",
+            "pixel_channels": "of one of these",
+            "pixel_width": "channels of its decoder at the largest picture",
+            "pixel_multipliers": "of that width at each level, the largest picture first",
             "legacy_layout": "whether latents are reshaped as in the weights that were released first",
         },
     )  # fmt: skip
