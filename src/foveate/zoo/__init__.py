@@ -81,7 +81,7 @@ def read_json(folder: str | Path, name: str, what: str) -> Any:
         raise InputError(f"{folder}/{name}: cannot be read ({reason})") from None
 
 
-def build_vit(config: dict[str, int]) -> Any:
+def build_vit(config: dict[str, Any]) -> Any:
     """An untrained `zoo.vit.SceneTransformer` of that config; raises InputError where timm is not installed."""
     try:
         from foveate.zoo.vit import SceneTransformer
