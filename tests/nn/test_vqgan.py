@@ -43,6 +43,10 @@ def test_the_nearest_code_its_loss_and_gradients(normalised: bool) -> None:
     assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
     quantizer(z).loss.backward()
     assert quantizer.embedding.weight.grad is not None and quantizer.embedding.weight.grad.any()
+    quantizer.bypass = True
+    passed = quantizer(z)
+    assert torch.equal(passed.ids, made.ids) and not passed.loss.any()
+    torch.testing.assert_close(passed.z.detach(), given)
 
 
 def test_float32_under_autocast() -> None:

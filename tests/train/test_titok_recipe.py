@@ -114,7 +114,8 @@ def test_resuming_gives_the_same_numbers(
 def test_bad_settings(folder: tuple[Path, dict[str, Any]]) -> None:
     for bad, why in (
         ({"stage": "all"}, "stage must be"), ({"stage": "vqgan", "start": "x"}, "nothing comes before"),
-        ({"ema": 1.0}, "ema"), ({"codes_steps": 0}, "codes_steps"), ({"temperature": -1.0}, "temperature"),
+        ({"ema": 1.0}, "ema"), ({"unquantised": -1}, "unq"),
+        ({"codes_steps": 0}, "codes_steps"), ({"temperature": -1.0}, "temperature"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=why):
             TitokSettings(**bad)
@@ -144,6 +145,13 @@ def test_unused_codes_live_again() -> None:
     for moved in now[[2, 3, 5]]:
         # Latents lie 1e-3 from their codes: so do the moved ones, in each channel.
         assert 0 < float((used - moved).abs().amax(1).min()) < 6e-3
+
+
+def test_latents_become_codes() -> None:
+    quantizer, z = VectorQuantizer(6, 3), torch.randn(2, 2, 3)
+    Revival(6).start(quantizer, z)
+    apart = torch.cdist(quantizer.embedding.weight.detach(), z.flatten(0, 1))
+    assert float(apart.amin(1).max()) < 0.1 and sorted(apart.argmin(1)[:4].tolist()) == [0, 1, 2, 3]
 
 
 def test_average_of_weights() -> None:

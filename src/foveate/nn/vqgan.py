@@ -35,7 +35,12 @@ class VectorQuantizer(nn.Module):
     The loss is `commitment * mean (sg(q) - z)^2 + mean (q - sg(z))^2`, sg stopping gradients. With `normalised`, codes
     and z are divided by their lengths first, so that the nearest is the one with the largest cosine. All of it in
     float32, under autocast too. Codes begin uniform in +-1 / K.
+
+    Attributes:
+        bypass: whether vectors are passed on as they are, and the loss is 0, for the first steps of a short training.
     """
+
+    bypass = False
 
     def __init__(self, codes: int, channels: int, *, normalised: bool = False, commitment: float = 0.25) -> None:
         super().__init__()
@@ -62,7 +67,7 @@ class VectorQuantizer(nn.Module):
                 ids = (z @ codebook.T - codebook.square().sum(1) / 2).argmax(-1)
             q = F.embedding(ids, codebook)
             loss = self.commitment * F.mse_loss(z, q.detach()) + F.mse_loss(q, z.detach())
-            return Quantised(z + (q - z).detach(), ids, loss)
+            return Quantised(z, ids, 0 * loss) if self.bypass else Quantised(z + (q - z).detach(), ids, loss)
 
 
 class VqganEncoder(nn.Module):
@@ -118,7 +123,8 @@ class _Block(nn.Module):
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)
+    # Four channels a group at least, as at 128: a norm of each channel alone would take the brightness away.
+    return nn.GroupNorm(math.gcd(32, max(1, width // 4)), width, eps=1e-6)
 
 
 class Vqgan(nn.Module, PyTorchModelHubMixin, library_name="foveate"):

@@ -29,6 +29,15 @@ class Revival(nn.Module):
         self.register_buffer("spread", torch.zeros(()))
 
     @torch.no_grad()
+    def start(self, quantizer: VectorQuantizer, z: Tensor) -> None:
+        """Makes latents z (..., C), drawn at random, the codes; where there are too few, some twice, a little apart."""
+        random, flat = torch.Generator().manual_seed(0), z.flatten(0, -2)
+        count, channels = quantizer.embedding.weight.shape
+        order = torch.cat([torch.randperm(len(flat), generator=random) for _ in range(-(-count // len(flat)))])[:count]
+        noise = 0.01 * flat.std(0) * torch.randn(count, channels, generator=random).to(flat)
+        quantizer.embedding.weight.copy_(flat[order.to(flat.device)] + noise)
+
+    @torch.no_grad()
     def count(self, quantizer: VectorQuantizer, ids: Tensor, loss: Tensor) -> None:
         """Counts the ids of a batch, `loss` being the quantiser's."""
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))

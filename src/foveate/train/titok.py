@@ -9,7 +9,11 @@
 - "single": pixels and tokens in one stage, for configurations with `head="pixels"`.
 
 Ours, and not the paper's, because training is short: tiny-vit's tokens instead of ConvNeXt's logits for the perceptual
-loss, one schedule for all stages, and codes that nothing uses are put next to those that are used (`Revival`).
+loss, one schedule for all stages, and care of codes: for the first `unquantised` steps latents are passed on as they
+are, then some of them become the codes, and later codes that nothing uses are put next to used ones (`Revival`).
+Without that, encoders soon say the same of every picture. Weights of linear layers begin with a standard deviation of
+1 / sqrt(inputs): with the paper's 0.02, which is that of a width of 1024 or so, a narrow transformer passes nothing on
+for hundreds of steps.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ class TitokSettings(Settings):
     latents: ids of a picture; 0 for the configuration's.
     start: folder of what comes before the stage; "" to train it first.
     vqgan_steps, codes_steps, pixels_steps: of those stages, where they are trained first.
+    unquantised: steps at the beginning of a training of codes in which latents are passed on as they are.
     perceptual: weight of the perceptual loss.
     adversarial: weight of the generator's loss in stage 2, from step `adversarial_from` on.
     discriminator_width: channels of the discriminator at half resolution.
@@ -78,6 +83,7 @@ class TitokSettings(Settings):
     vqgan_steps: int = 1000
     codes_steps: int = 3000
     pixels_steps: int = 1000
+    unquantised: int = 400
     perceptual: float = 0.1
     adversarial: float = 0.01
     adversarial_from: int = 20_000
@@ -96,6 +102,8 @@ class TitokSettings(Settings):
             raise InputError(f"nothing comes before stage {self.stage!r}: leave start out")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must be in [0, 1), not {self.ema}")
+        if self.unquantised < 0:
+            raise InputError(f"unquantised must be >= 0, not {self.unquantised}")
         for name in ("vqgan_steps", "codes_steps", "pixels_steps", "pictures"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, not {getattr(self, name)}")
@@ -183,7 +191,7 @@ class TitokRecipe(Recipe):
     smoke: ClassVar[dict[str, Any]] = {
         "steps": 2, "batch": 2, "warmup": 1, "workers": 0, "test_scenes": 3, "size": 48, "width": 16, "layers": 1,
         "heads": 2, "latents": 8, "vqgan_steps": 2, "codes_steps": 2, "pixels_steps": 2, "discriminator_width": 4,
-        "adversarial_from": 1, "pictures": 4,
+        "adversarial_from": 1, "pictures": 4, "unquantised": 1,
     }  # fmt: skip
 
     @classmethod
@@ -212,7 +220,7 @@ class TitokRecipe(Recipe):
             losses: nn.Module = _VqganLosses(self.trained, Perceptual(Judge()), settings.perceptual)
         elif settings.stage == "codes":
             vqgan = _from_folder(Vqgan, settings.start)
-            self.trained = self.tokenizer_type(**self._arguments()).take_pixel_decoder(vqgan)
+            self.trained = _scaled(self.tokenizer_type(**self._arguments())).take_pixel_decoder(vqgan)
             # The pixel decoder has its turn in stage 2.
             self.trained.pixel_decoder.requires_grad_(False)
             self.trained.pixel_codebook.requires_grad_(False)
@@ -228,7 +236,7 @@ class TitokRecipe(Recipe):
         else:
             single = settings.stage == "single"
             self.trained = (
-                self.tokenizer_type(**self._arguments())
+                _scaled(self.tokenizer_type(**self._arguments()))
                 if single
                 else _from_folder(self.tokenizer_type, settings.start)
             )
@@ -285,10 +293,19 @@ class TitokRecipe(Recipe):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         if self.model.average is not None:
             self.model.average.update(self.trained)
+        if self.model.revival is not None:
+            step, begin = int(batch["step"]), self.settings.unquantised
+            self.trained.quantizer.bypass = step < begin
+            if step == begin:
+                # The same pictures in every process.
+                some = self.batch(step, 0, 1)["image"].to(batch["image"].device)
+                self.model.revival.start(self.trained.quantizer, _before_codes(self.trained, some.float() / 255))
         loss, parts = model(**batch)
         return loss, {name: float(value.detach()) for name, value in parts.items()}
 
     def export(self, folder: Path) -> None:
+        if self.model.revival is not None:
+            self.trained.quantizer.bypass = False
         if self.model.average is not None:
             self.model.average.update(self.trained)
             self.model.average.apply_to(self.trained)
@@ -329,6 +346,22 @@ class TitokRecipe(Recipe):
             "frechet_distance": distance(made),
             "frechet_distance_of_decoded_scenes": distance(decoded),
         }
+
+
+def _scaled(tokenizer: TiTok) -> TiTok:
+    """The untrained tokenizer with linear layers and a patch embedding whose outputs are as large as inputs."""
+    for module in tokenizer.modules():
+        if isinstance(module, nn.Linear) or module is tokenizer.encoder.patch_embed:
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return tokenizer
+
+
+@torch.no_grad()
+def _before_codes(model: Any, pixels: Tensor) -> Tensor:
+    """(..., C) what the quantiser of a VQGAN or a tokenizer is given of pictures."""
+    if isinstance(model, Vqgan):
+        return model.encoder(pixels).permute(0, 2, 3, 1)
+    return model.encoder(pixels, model.latents)
 
 
 def _decode(tokenizer: TiTok, ids: Tensor) -> Tensor:

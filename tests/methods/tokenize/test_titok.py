@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ class Reference:
         given = x
         for k in (1, 2):
             weight, bias = self.state[f"{at}.norm{k}.weight"], self.state[f"{at}.norm{k}.bias"]
-            x = F.silu(F.group_norm(x, math.gcd(32, x.shape[1]), weight, bias, 1e-6))
+            x = F.silu(F.group_norm(x, x.shape[1] // 4, weight, bias, 1e-6))
             x = self.conv(x, f"{at}.conv{k}", padding=1)
         shortcut = f"{at}.nin_shortcut"
         return x + (self.conv(x, shortcut) if f"{shortcut}.weight" in self.state else given)
@@ -185,7 +184,7 @@ class Reference:
             if level:
                 x = self.conv(F.interpolate(x, scale_factor=2.0), f"{at}.up.{level}.upsample_conv", padding=1)
         weight, bias = self.state[f"{at}.norm_out.weight"], self.state[f"{at}.norm_out.bias"]
-        x = F.silu(F.group_norm(x, 8, weight, bias, 1e-6))
+        x = F.silu(F.group_norm(x, 2, weight, bias, 1e-6))
         return self.conv(x, f"{at}.conv_out", padding=1)
 
 
