@@ -42,7 +42,7 @@ def detect(
     ] = None,
     every: Annotated[float, typer.Option(help="Seconds from keyframe to keyframe.")] = 0.5,
     rate: Annotated[
-        float | None, typer.Option(help="Frames a second that the detector sees of its window [7.5].")
+        float | None, typer.Option(help="Frames a second that the detector sees of its window [as it was trained].")
     ] = None,
     short: Annotated[
         int | None, typer.Option(help="Scale the shorter side to this many px [what the model was trained with].")
@@ -91,7 +91,8 @@ def _check_file(option: str, file: Path, ending: str, video: Path) -> None:
 def _load(model: str) -> tuple[EvadDetector, list[str], float]:
     """The detector, names of its actions, and frames a second that it is made for."""
     from foveate import zoo
-    from foveate.zoo.detector import RATE, labels, load_detector
+    from foveate.zoo.detector import labels, load_detector
+    from foveate.zoo.detector import rate as usual_rate
 
     if model in zoo.names():
         folder = zoo.path(model)
@@ -102,7 +103,7 @@ def _load(model: str) -> tuple[EvadDetector, list[str], float]:
     else:
         raise InputError(f"unknown detector {model!r}: neither shipped ({DEFAULT_MODEL}), nor a folder here")
     detector = load_detector(folder)
-    return detector, labels(folder, detector.classes), RATE
+    return detector, labels(folder, detector.classes), usual_rate(folder)
 
 
 def _facts(

@@ -8,7 +8,7 @@ import torch
 
 from foveate import zoo
 from foveate.method import InputError
-from foveate.zoo.detector import labels, load_detector
+from foveate.zoo.detector import labels, load_detector, rate
 from tiny_video import detector
 
 
@@ -21,6 +21,16 @@ def test_a_folder_gives_back_what_was_saved(tmp_path: Path) -> None:
         ours, theirs = loaded(clip), model(clip)
     assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.actions, theirs.actions)
     assert not loaded.training and loaded.dropout.keep == 0.6
+
+
+def test_it_looks_as_often_as_it_was_trained_to(tmp_path: Path) -> None:
+    """Clips of scenes have 15 frames a second; the paper takes every fourth of 30."""
+    assert rate(tmp_path) == 7.5
+    for stride, frames_a_second in ((1, 15.0), (2, 7.5), (3, 5.0)):
+        (tmp_path / "metrics.json").write_text(json.dumps({"training": {"settings": {"stride": stride}}}))
+        assert rate(tmp_path) == frames_a_second
+    (tmp_path / "metrics.json").write_text("{}")
+    assert rate(tmp_path) == 7.5
 
 
 def test_names_of_actions(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from foveate.method import InputError
+from foveate.method import InputError, whole
 from foveate.methods.video.evad import EvadDetector
 from foveate.zoo import read_json
 
 RATE = 7.5
-"""Frames a second that a detector looks at: every fourth of 30, as in the paper; clips of scenes, where it gets
-every second, are taken to have 15."""
+"""Frames a second that the paper's detectors look at: every fourth of 30."""
+SCENES_RATE = 15.0
+"""Frames a second that clips of scenes are taken to have."""
 
 
 def is_detector(config: dict[str, Any]) -> bool:
@@ -56,3 +57,16 @@ def labels(folder: str | Path, count: int) -> list[str]:
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder}/labels.json: a list of {count} names was expected, one for each action")
     return names
+
+
+def rate(folder: str | Path) -> float:
+    """Frames a second that the detector there looks at: as its `metrics.json` says that it was trained on scenes, or
+    without such a file `RATE`."""
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        return RATE
+    try:
+        stride = read_json(folder, "metrics.json", "detector")["training"]["settings"]["stride"]
+        return SCENES_RATE / whole("stride", stride, 1)
+    except (KeyError, TypeError):
+        return RATE
