@@ -220,8 +220,9 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _command(content: Any) -> str:
-    about = content.get("environment", {}) if isinstance(content, dict) else {}
-    return str(about.get("command", ""))
+    # Benchmarks have it in "environment", trainings in "training".
+    about = content if isinstance(content, dict) else {}
+    return str((about.get("environment") or about.get("training") or {}).get("command", ""))
 
 
 def _machine(content: Mapping[str, Any]) -> str:

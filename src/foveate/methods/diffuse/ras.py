@@ -1,4 +1,8 @@
-"""RAS: at most steps of a diffusion transformer, only the regions that it is at work on are computed."""
+"""RAS: at most steps of a diffusion transformer, only the regions that it is at work on are computed.
+
+Tokens `(B, N, D) -> (B, N - n, D)` in the blocks: the n ranked by `R_j = m_j exp(k D_j)` are left out and move on with
+their last velocity; m_j is how much the velocity of token j varies over channels, D_j how often it was left out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""T-Stitch: a small denoiser makes the first steps of the sampling, the pipeline's own the rest."""
+"""T-Stitch: a small denoiser makes the first steps of the sampling, the pipeline's own the rest.
+
+With shares r_1 .. r_K of the models, small to large, and c_k = r_1 + .. + r_k, model k makes the steps
+`c_(k-1) n <= i < c_k n` of n, each `latents (B, C, h, w) -> (B, C, h, w)`; see `TStitch`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One-D-Piece: TiTok whose ids matter less and less, so that a picture is stored with as many as one likes."""
+"""One-D-Piece: TiTok whose ids matter less and less, so that a picture is stored with as many as one likes.
+
+In training only the first e of the K latents (B, K, C) are decoded, e uniform in 1..K: any prefix (B, e) is a picture.
+"""
 
 from __future__ import annotations
 
