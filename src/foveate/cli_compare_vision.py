@@ -93,8 +93,10 @@ def _compare_pictures(
 ) -> None:  # fmt: skip
     import torch
 
-    from foveate.measure.compare_vision import compare_vision, folder_samples, goal_of, scene_samples
+    from foveate.measure.compare_vision import compare_vision
+    from foveate.measure.vision_goals import goal_of
     from foveate.measure.vision_models import DEFAULT, load_trained, load_vision_model
+    from foveate.measure.vision_samples import folder_samples, scene_samples
 
     kind: Any = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     host = load_vision_model(model or DEFAULT, device, kind)

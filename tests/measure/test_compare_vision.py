@@ -18,21 +18,11 @@ import foveate
 from foveate import zoo
 from foveate.data.picture_folder import labelled_pictures, masked_pictures, patch_majority, read_mask
 from foveate.data.scenes import Scenes, patch_labels, presence
-from foveate.measure.compare_vision import (
-    RECOGNITION,
-    Recognition,
-    Segmentation,
-    VisionComparison,
-    class_numbers,
-    compare_vision,
-    folder_samples,
-    goal_of,
-    nearest_source,
-    scene_samples,
-    tokens_by_layer,
-)
+from foveate.measure.compare_vision import VisionComparison, compare_vision, tokens_by_layer
 from foveate.measure.comparison import TaskRow, choose
+from foveate.measure.vision_goals import RECOGNITION, Recognition, Segmentation, goal_of, nearest_source
 from foveate.measure.vision_models import Trained, VisionModel, fitted, load_trained, load_vision_model
+from foveate.measure.vision_samples import class_numbers, folder_samples, scene_samples
 from foveate.method import InputError
 from foveate.methods.reduce.dtop import Dtop
 from foveate.methods.reduce.sit_slim import SitSlim

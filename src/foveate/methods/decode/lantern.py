@@ -1,8 +1,8 @@
 """LANTERN: speculative decoding of image tokens that counts a drafted code's neighbours in the codebook as well.
 
-A draft's token x ~ q is accepted if `u <= p'(x) / q(x)`, where `p'(x) = p(x) + sum_j<=i p(n_j)` borrows from its nearest
-codes n_j as much as keeps p' within `delta` of p in total variation. ids (B, S) -> (B, S + N); see `Lantern`, below the
-trees of drafted tokens that it works on.
+A draft's token x ~ q is accepted if `u <= p'(x) / q(x)`, where `p'(x) = p(x) + sum_j<=i p(n_j)` borrows from its
+nearest codes n_j as much as keeps p' within `delta` of p in total variation. ids (B, S) -> (B, S + N); see `Lantern`,
+below the trees of drafted tokens that it works on.
 """
 
 from __future__ import annotations

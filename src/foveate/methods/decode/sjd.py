@@ -1,7 +1,8 @@
 """SJD: a window of future image tokens is drafted by the model itself and judged as in speculative sampling.
 
-One pass over L drafts d_i ~ q_i gives p_i; d_i is accepted if `u < p_i(d_i) / q_i(d_i)`, the first that is not becomes
-a sample of `max(0, p_i - q_i)`, and samples behind it are the next drafts. ids (B, S) -> (B, S + N), in N / L to N passes.
+One pass over L drafts d_i ~ q_i gives p_i; d_i is accepted if `u < p_i(d_i) / q_i(d_i)`, the first that is not
+becomes a sample of `max(0, p_i - q_i)`, and samples behind it are the next drafts. ids (B, S) -> (B, S + N), in N / L
+to N passes.
 """
 
 from __future__ import annotations

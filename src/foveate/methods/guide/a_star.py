@@ -1,7 +1,7 @@
 """A-STAR: the words of a prompt get places of their own in the picture, and keep them.
 
-Latents z (B, C, h, w) go down the gradient of L_seg + L_ret before each step: how far the cross-attention maps A^m of the
-words overlap, `sum min(A^m, A^n) / sum (A^m + A^n)`, and how little of each is where it was; see `AStar`.
+Latents z (B, C, h, w) go down the gradient of L_seg + L_ret before each step: how far the cross-attention maps A^m of
+the words overlap, `sum min(A^m, A^n) / sum (A^m + A^n)`, and how little of each is where it was; see `AStar`.
 """
 
 from __future__ import annotations

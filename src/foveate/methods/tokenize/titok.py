@@ -1,7 +1,8 @@
 """TiTok: a picture as a sequence of 32 ids, which has no grid, by a ViT around a vector quantiser.
 
-Pictures (B, 3, H, W) -> [class, N patches, K learned latents] through a ViT -> z (B, K, C) -> K ids of the nearest codes
-of unit length -> [class, N mask tokens, K latents] through another ViT -> N codes of a VQGAN -> pictures; see `TiTok`.
+Pictures (B, 3, H, W) -> [class, N patches, K learned latents] through a ViT -> z (B, K, C) -> K ids of the nearest
+codes of unit length -> [class, N mask tokens, K latents] through another ViT -> N codes of a VQGAN -> pictures; see
+`TiTok`.
 """
 
 from __future__ import annotations
