@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,13 +76,25 @@ class DiffusionSettings(Settings):
 
 
 class DiffusionRecipe(Recipe):
-    """A denoiser of latents, saved as a diffusers pipeline. A subclass builds `pipeline` and `model`."""
+    """A denoiser of latents, saved as a diffusers pipeline. A subclass builds this and the objective on it."""
 
-    settings: Any
-    seed: int
     pipeline: Any
     data: Batch
     """`latents` (n, 4, 16, 16) float16, `ids` (n, L) int16, `objects` (n, 64) uint8: 0, or 1 + index into NAMES."""
+
+    def __init__(self, settings: Any, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self.data = load_file(settings.latents)
+        self.pipeline = self.build_pipeline(load_vae(settings.vae), build_tokenizer())
+        self.model = self.build_objective()
+
+    def build_pipeline(self, vae: Any, tokenizer: Any) -> Any:
+        """The untrained pipeline."""
+        raise NotImplementedError
+
+    def build_objective(self) -> nn.Module:
+        """What is trained: (latents, ids, objects) -> the parts "denoising" and "objects" of the loss."""
+        raise NotImplementedError
 
     @classmethod
     def prepare(cls, settings: Settings, seed: int, out: Path) -> Settings:

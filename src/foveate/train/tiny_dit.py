@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,8 +24,6 @@ from foveate.train.diffusion import (
     DiffusionRecipe,
     DiffusionSettings,
     ObjectHead,
-    build_tokenizer,
-    load_vae,
     watched,
     without_some,
 )
@@ -113,14 +110,15 @@ class TinyDit(DiffusionRecipe):
         "test_scenes": 4, "inference_steps": 2,
     }  # fmt: skip
 
-    def __init__(self, settings: TinyDitSettings, seed: int) -> None:
+    def build_pipeline(self, vae: Any, tokenizer: Any) -> Any:
         from foveate.zoo.dit import build_dit, build_dit_pipeline
 
-        self.settings, self.seed = settings, seed
-        self.data = load_file(settings.latents)
+        settings = self.settings
         transformer = build_dit(layers=settings.layers, width=settings.width, heads=settings.heads)
-        self.pipeline = build_dit_pipeline(transformer, load_vae(settings.vae), build_tokenizer(), self.text_encoder())
-        self.model = _Objective(self.pipeline, settings.drop)
+        return build_dit_pipeline(transformer, vae, tokenizer, self.text_encoder())
+
+    def build_objective(self) -> nn.Module:
+        return _Objective(self.pipeline, self.settings.drop)
 
     def text_encoder(self) -> Any:
         """One to take over; None for a new one."""

@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from foveate.method import InputError
@@ -19,8 +18,6 @@ from foveate.train.diffusion import (
     DiffusionRecipe,
     DiffusionSettings,
     ObjectHead,
-    build_tokenizer,
-    load_vae,
     watched,
     without_some,
 )
@@ -82,11 +79,12 @@ class TinySd(DiffusionRecipe):
         "test_scenes": 4, "inference_steps": 2,
     }  # fmt: skip
 
-    def __init__(self, settings: TinySdSettings, seed: int) -> None:
+    def build_pipeline(self, vae: Any, tokenizer: Any) -> Any:
         from foveate.zoo.sd import build_sd_pipeline, build_unet
 
-        self.settings, self.seed = settings, seed
-        self.data = load_file(settings.latents)
+        settings = self.settings
         unet = build_unet(width=settings.width, heads=settings.heads, text_width=settings.text_width)
-        self.pipeline = build_sd_pipeline(unet, load_vae(settings.vae), build_tokenizer())
-        self.model = _Objective(self.pipeline, settings.drop)
+        return build_sd_pipeline(unet, vae, tokenizer)
+
+    def build_objective(self) -> nn.Module:
+        return _Objective(self.pipeline, self.settings.drop)
