@@ -31,6 +31,8 @@ def run(
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
+        # What the test itself, or a library that it loaded something with, has printed before.
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(one) for one in arguments])
         out, err = capsys.readouterr()

@@ -86,7 +86,7 @@ def test_a_search_is_interrupted_goes_on_and_is_used(
 ) -> None:
     command = ("tune", "--target-speedup", "1.2", "--methods", "vtc-cls,pyramiddrop", "--questions", "4", "--out", "o")
     module = importlib.import_module("foveate.measure.tune")
-    add, calls = module._Log.add, iter(range(100))
+    add, calls = module.TrialLog.add, iter(range(100))
 
     def interrupted(self: Any, trial: Any) -> Any:
         if next(calls) == 14:
@@ -94,7 +94,7 @@ def test_a_search_is_interrupted_goes_on_and_is_used(
         return add(self, trial)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Log, "add", interrupted)
+        patch.setattr(module.TrialLog, "add", interrupted)
         code, out, err = run(*command)
     assert (code, out) == (130, "") and "interrupted; 14 more trials are in o/trials.jsonl" in err, err
     assert "Traceback" not in err

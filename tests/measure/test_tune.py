@@ -22,7 +22,8 @@ from foveate.hosts import adapt
 from foveate.measure import quality
 from foveate.measure.compare import Comparison, compare
 from foveate.measure.flops import count_flops
-from foveate.measure.tune import Candidate, Goal, Trial, Tuned, pareto, plan, promote, rungs, tune
+from foveate.measure.trials import Candidate, Trial
+from foveate.measure.tune import Goal, Tuned, pareto, plan, promote, rungs, tune
 from foveate.method import InputError, build
 
 SMALL: dict[str, Any] = {

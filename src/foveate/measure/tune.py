@@ -8,10 +8,7 @@ whoever runs the same search again reads what is there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from foveate.apply import apply
 from foveate.configuration import describe, release, save
 from foveate.data.samples import Sample
 from foveate.measure.compare import Progress, candidates, host_for
 from foveate.measure.prefill import Prefill
 from foveate.measure.quality import Answered, Batches, answer, answer_length, score
-from foveate.method import HostShape, InputError, Method, method_class, within
+from foveate.measure.trials import Candidate, Trial, TrialLog, key_of, samples_digest, weights_digest
+from foveate.method import HostShape, InputError, method_class, within
 
 BUDGETS = (0.71, 0.5, 0.35, 0.25, 0.18, 0.125, 0.088, 0.0625)
 """Of single methods: each about 1/√2 of the one before."""
@@ -75,66 +71,6 @@ class Goal:
         if self.target_speedup is not None:
             return (-quality, cost)
         return (0.0, cost, -quality) if self.reached(cost, quality, dense) else (1.0, dense - quality, cost)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is tried: methods as they are set up, and the budget that each of them was given."""
-
-    methods: tuple[Method, ...]
-    budgets: tuple[float, ...]
-
-    @property
-    def label(self) -> str:
-        named = zip((one.card.slug for one in self.methods), self.budgets)
-        return " + ".join(slug if slug == "dense" else f"{slug} at {budget:.3g}" for slug, budget in named)
-
-    @property
-    def baseline(self) -> bool:
-        return all(one.card.baseline for one in self.methods)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measurement of a candidate, as it stands in the file.
-
-    Attributes:
-        what: "flops" (of one prefill), "quality" (answers to the first `samples`) or "time".
-        configuration: [{"method", "settings"}, …].
-        label: the candidate in words.
-        flops, flops_ratio: of one prefill of batch 1, and as a share of dense.
-        accuracy, agreement, kl: see `foveate.measure.quality`, over the first `samples`.
-        time_ratio, time_low, time_high: median and quartiles of interleaved pairs with dense.
-        seconds: that this measurement took.
-        refused: why it cannot be measured; then nothing else is.
-    """
-
-    what: str
-    configuration: list[dict[str, Any]]
-    label: str
-    samples: int = 0
-    flops: int | None = None
-    flops_ratio: float | None = None
-    accuracy: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    time_ratio: float | None = None
-    time_low: float | None = None
-    time_high: float | None = None
-    seconds: float = 0.0
-    refused: str | None = None
-
-    @property
-    def cost(self) -> float:
-        assert self.flops_ratio is not None
-        return self.flops_ratio
-
-    @property
-    def quality(self) -> float:
-        """Accuracy, or agreement with dense where no sample has an answer."""
-        value = self.agreement if self.accuracy is None else self.accuracy
-        assert value is not None
-        return value
 
 
 @dataclass(frozen=True)
@@ -228,15 +164,18 @@ def tune(
     steps = rungs(len(samples), first_rung)
     run = {
         "model": name or type(model).__name__,
-        "weights": _weights_digest(model),
-        "samples": _samples_digest(samples),
+        "weights": weights_digest(model),
+        "samples": samples_digest(samples),
         "settings": {
-            "rungs": steps, "batch_size": batch_size, "new_tokens": new_tokens, "dtype": str(model.dtype),
+            "rungs": steps,
+            "batch_size": batch_size,
+            "new_tokens": new_tokens,
+            "dtype": str(model.dtype),
             "device": model.device.type,
         },
         "foveate": release(),
     }
-    log = _Log(Path(folder) / TRIALS, run, on_trial)
+    log = TrialLog(Path(folder) / TRIALS, run, on_trial)
     search = _Search(model, processor, samples, prefill, goal, log, steps, batch_size, new_tokens, on_progress)
     training = model.training
     model.eval()
@@ -296,7 +235,7 @@ def plan(
     # Two budgets may be one configuration.
     different: dict[str, Candidate] = {}
     for one in field:
-        different.setdefault(_key(one), one)
+        different.setdefault(key_of(one), one)
     return list(different.values())
 
 
@@ -315,7 +254,7 @@ def _candidate(
 
 
 def _side(slug: str, shape: HostShape) -> str | None:
-    """"vision" for what acts before the language model only, "llm" for what acts within it only, else None."""
+    """ "vision" for what acts before the language model only, "llm" for what acts within it only, else None."""
     try:
         stages = method_class(slug).for_budget(0.5, shape).acts_at(shape)
     except InputError:
@@ -364,72 +303,11 @@ def pareto(trials: Sequence[Trial]) -> list[int]:
     return front[::-1]
 
 
-class _Log:
-    """The file of all trials; a line that was cut off by an interruption is taken away."""
-
-    def __init__(self, path: Path, run: dict[str, Any], on_trial: Callable[[Trial], None] | None) -> None:
-        self.path, self.on_trial = path, on_trial or (lambda trial: None)
-        self._trials: dict[tuple[str, str, int], Trial] = {}
-        # Through JSON, so that it compares with what is read.
-        run = json.loads(json.dumps(run))
-        self.read = 0
-        complete = self._complete()
-        if not complete:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"run": run})
-            return
-        head, *lines = complete
-        self.read = len(lines)
-        before = head.get("run") if isinstance(head, dict) else None
-        if not isinstance(before, dict):
-            raise InputError(f"{path}: line 1 does not say what was tuned; give another --out")
-        if before != run:
-            other = ", ".join(key for key in {**run, **before} if before.get(key) != run.get(key))
-            raise InputError(f"{path} has trials of another run (different: {other}); delete it or give another --out")
-        for number, line in enumerate(lines, 2):
-            try:
-                trial = Trial(**line)
-            except TypeError:
-                raise InputError(f"{path}:{number}: not a trial; delete the file or give another --out") from None
-            self._trials[trial.what, _text(trial.configuration), trial.samples] = trial
-
-    def _complete(self) -> list[Any]:
-        if not self.path.exists():
-            return []
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        values = []
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                values.append(json.loads(line))
-            except ValueError:
-                raise InputError(f"{self.path}:{number}: not JSON; delete the file or give another --out") from None
-        if len(whole) < len(content):
-            with open(self.path, "r+b") as file:
-                file.truncate(len(whole))
-        return values
-
-    def _append(self, values: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def find(self, what: str, candidate: Candidate, samples: int) -> Trial | None:
-        return self._trials.get((what, _key(candidate), samples))
-
-    def add(self, trial: Trial) -> Trial:
-        self._append({key: value for key, value in asdict(trial).items() if value is not None})
-        self._trials[trial.what, _text(trial.configuration), trial.samples] = trial
-        self.on_trial(trial)
-        return trial
-
-
 class _Search:
     """One search on one model."""
 
     def __init__(
-        self, model: Any, processor: Any, samples: Sequence[Sample], prefill: Prefill, goal: Goal, log: _Log,
+        self, model: Any, processor: Any, samples: Sequence[Sample], prefill: Prefill, goal: Goal, log: TrialLog,
         steps: Sequence[int], batch_size: int, new_tokens: int, on_progress: Progress | None,
     ) -> None:  # fmt: skip
         self.model, self.processor, self.samples, self.goal, self.log = model, processor, samples, goal, log
@@ -622,35 +500,3 @@ def _joined(before: float | None, count: int, now: float | None, more: int) -> f
     """The share of successes among count + more from those among each, exactly; None where there are none of either."""
     right = (round(before * count) if before is not None else 0) + (round(now * more) if now is not None else 0)
     return right / (count + more) if count + more else None
-
-
-def _text(configuration: list[dict[str, Any]]) -> str:
-    return json.dumps(configuration, sort_keys=True)
-
-
-def _key(candidate: Candidate) -> str:
-    return _text(describe(candidate.methods))
-
-
-def _samples_digest(samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256()
-    for one in samples:
-        digest.update(json.dumps([one.id, one.prompt, one.answer, one.type]).encode())
-        for image in one.images:
-            digest.update(f"{image.mode}{image.size}".encode())
-            digest.update(image.tobytes())
-        for video in one.videos:
-            digest.update(str(video.frames.shape).encode())
-            digest.update(video.frames.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _weights_digest(model: Any, most: int = 16) -> str:
-    """Of `most` values of every parameter: other weights are noticed without reading all of a large model."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // most)][:most].double().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(torch.nan_to_num(values).numpy().tobytes())
-    return digest.hexdigest()[:16]
