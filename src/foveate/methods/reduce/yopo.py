@@ -246,13 +246,15 @@ class Yopo(Method):
         units = max(1, int(gate.out_features / self.ffn + 1e-9))
         first = [None if one.bias is None else one.bias[:units] for one in (gate, up)]
         act: Any = call.module.act_fn
-        seen = call.hidden[call.is_visual]
+        flat, visual = call.hidden.flatten(0, 1), call.is_visual.flatten()
+        # Whole rows by number: faster than a boolean mask in both directions.
+        looks, reads = visual.nonzero().squeeze(1), (~visual).nonzero().squeeze(1)
+        seen = flat.index_select(0, looks)
         hidden = act(F.linear(seen, gate.weight[:units], first[0])) * F.linear(seen, up.weight[:units], first[1])
-        text = call.function(call.hidden[~call.is_visual].unsqueeze(0)).squeeze(0)
-        output = text.new_empty(call.hidden.shape)
-        output[call.is_visual] = F.linear(hidden, down.weight[:, :units], down.bias)
-        output[~call.is_visual] = text
-        return output
+        text = call.function(flat.index_select(0, reads).unsqueeze(0)).squeeze(0)
+        output = text.new_empty(flat.shape)
+        output.index_copy_(0, looks, F.linear(hidden, down.weight[:, :units], down.bias)).index_copy_(0, reads, text)
+        return output.view(call.hidden.shape)
 
     def flops(
         self, visual: int, width: int, hidden: int, layers: int, *, heads: float = 1.0, every_pair: bool = False
