@@ -14,6 +14,7 @@ test: lint
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check --quiet src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -356,9 +356,7 @@ def _where_refused(model: Any, alone: list[dict[str, Tensor]], error: InputError
 
 
 def _given(model: Any, combination: Combination, padding: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    inputs = prompt(
-        model, combination.samples, sizes=combination.sizes, seed=combination.content, padding=padding
-    )
+    inputs = prompt(model, combination.samples, sizes=combination.sizes, seed=combination.content, padding=padding)
     return {name: one.to(dtype) if one.is_floating_point() else one for name, one in inputs.items()}
 
 

@@ -113,9 +113,7 @@ def products(options: argparse.Namespace) -> list[dict[str, Any]]:
             measured.append(row)
             print(tokens, share, *(f"{name} {row[name]['time_ratio']:.3f}" for name in ("product", "all", "masked")))
         budgets = [row["budget"] for row in measured]
-        even = {
-            name: break_even(budgets, [row[name]["time_ratio"] for row in measured]) for name in ("product", "all")
-        }
+        even = {name: break_even(budgets, [row[name]["time_ratio"] for row in measured]) for name in ("product", "all")}
         print(tokens, "break-even share of the keys", even)
         results.append({"tokens": tokens, "break_even_budget": even, "measured": measured})
     return results

@@ -81,9 +81,7 @@ def test_compare_checks_the_file_before_any_work(run: Run, tmp_path: Path) -> No
 
 @needs_zoo
 @pytest.mark.usefixtures("small")
-def test_a_search_is_interrupted_goes_on_and_is_used(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_is_interrupted_goes_on_and_is_used(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("tune", "--target-speedup", "1.2", "--methods", "vtc-cls,pyramiddrop", "--questions", "4", "--out", "o")
     module = importlib.import_module("foveate.measure.tune")
     add, calls = module.TrialLog.add, iter(range(100))

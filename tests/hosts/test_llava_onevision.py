@@ -209,9 +209,7 @@ def test_what_was_dropped_in_the_tower_is_left_out_of_the_means() -> None:
 # -- generation
 
 
-@pytest.mark.parametrize(
-    "stage, layer", [("vision.output", -1), ("projector", -1), ("llm.layer", 0), ("llm.layer", 3)]
-)
+@pytest.mark.parametrize("stage, layer", [("vision.output", -1), ("projector", -1), ("llm.layer", 0), ("llm.layer", 3)])
 def test_nothing_is_left(stage: str, layer: int) -> None:
     model = build()
     inputs = given(model)

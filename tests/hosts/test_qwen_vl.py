@@ -61,9 +61,7 @@ def rope(model: Any, inputs: dict[str, Tensor]) -> tuple[list[tuple[int, int, in
             continue
         time, rows, columns = grids.pop(0)
         step = interval if token == VIDEO else 1
-        places += [
-            (now + t * step, now + y, now + x) for t in range(time) for y in range(rows) for x in range(columns)
-        ]
+        places += [(now + t * step, now + y, now + x) for t in range(time) for y in range(rows) for x in range(columns)]
         now += max(rows, columns)
     return places, max(max(place) for place in places) + 1
 

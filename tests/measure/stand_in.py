@@ -18,7 +18,10 @@ def tiny(seed: int = 0) -> tuple[Any, Any]:
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     shape: dict[str, int] = {
-        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
     }
     config = LlavaConfig(
         text_config=LlamaConfig(

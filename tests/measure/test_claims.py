@@ -43,9 +43,7 @@ def test_wrong_settings_fail() -> None:
     assert not Checked("pyramiddrop", wrong, count(cls, wrong)).holds
 
 
-@pytest.mark.parametrize(
-    ("keep", "tera"), [(1.0, 3.8172), (0.5, 1.7774)]
-)
+@pytest.mark.parametrize(("keep", "tera"), [(1.0, 3.8172), (0.5, 1.7774)])
 def test_pyramiddrop_to_five_digits(keep: float, tera: float) -> None:
     claim = Claim("", "flops", 1, "", architecture="llava-1.5-7b", settings={"keep": keep}, counting="visual-macs")
     assert count(method_class("pyramiddrop"), claim) / 1e12 == pytest.approx(tera, abs=5e-5)
@@ -53,9 +51,7 @@ def test_pyramiddrop_to_five_digits(keep: float, tera: float) -> None:
 
 def test_visual_macs_against_the_formula() -> None:
     claim = Claim("", "flops", 1, "", architecture="llava-next-7b", settings={}, counting="visual-macs", visual=2880)
-    by_hand = sum(
-        8 * (4 * n * 4096**2 + 2 * n * n * 4096 + 3 * n * 4096 * 11008) for n in (2880, 1440, 720, 360)
-    )
+    by_hand = sum(8 * (4 * n * 4096**2 + 2 * n * n * 4096 + 3 * n * 4096 * 11008) for n in (2880, 1440, 720, 360))
     assert count(method_class("pyramiddrop"), claim) == by_hand
 
 

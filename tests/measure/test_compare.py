@@ -24,6 +24,7 @@ SMALL = {
     "budgets": (0.5, 0.1), "baselines": ("pool", "resolution"), "timing_pairs": 1, "batch_size": 4, "max_new_tokens": 3,
 }  # fmt: skip
 
+
 def test_kl_against_a_slow_loop() -> None:
     p, q = torch.randn(3, 11) * 3, torch.randn(3, 11) * 3
     expected = []

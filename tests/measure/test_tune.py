@@ -65,6 +65,7 @@ def _trial(cost: float, accuracy: float, agreement: float = 0.8) -> Trial:
 
 def _slow_promote(trials: list[Trial], dense: float, samples: int, goal: Goal) -> list[int]:
     """By the words of the docstring: one candidate after the other is taken out, then the best is looked for."""
+
     def error(*ones: Trial) -> float:
         return 2 * ((sum(1 - one.agreement for one in ones) + 1 / samples) / samples) ** 0.5  # type: ignore[operator]
 

@@ -112,7 +112,7 @@ def read_jsonl(path: str | Path, frames: int = 8) -> list[Sample]:
         lines_of[sample.id] = number
         samples.append(sample)
     if not samples:
-        raise InputError(f"{path}: no records; a line is {{\"image\": FILE, \"prompt\": TEXT, \"answer\": TEXT}}")
+        raise InputError(f'{path}: no records; a line is {{"image": FILE, "prompt": TEXT, "answer": TEXT}}')
     return samples
 
 

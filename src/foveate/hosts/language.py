@@ -387,9 +387,7 @@ class VisionLanguageHost(Host):
         self._masks = self._attend(hidden, shorter.valid, shorter.positions, None, 0)
         return hidden
 
-    def _without(
-        self, sequence: Sequence, before: Tokens, after: Tokens, renumber: bool
-    ) -> tuple[Sequence, Tensor]:
+    def _without(self, sequence: Sequence, before: Tokens, after: Tokens, renumber: bool) -> tuple[Sequence, Tensor]:
         """The sequence when its visual tokens have become `after`, and the old slot of each new one.
 
         A token takes the slot of the first token in it; slots are dealt out in sequence order, so that a method's own

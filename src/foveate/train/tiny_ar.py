@@ -40,7 +40,7 @@ class TinyArSettings(Settings):
         guidance_scale: with which pictures are made.
     """
 
-    steps: int = 3200
+    steps: int = 2600
     batch: int = 48
     lr: float = 1.5e-3
     warmup: int = 200

@@ -34,7 +34,7 @@ from foveate.train.loop import Settings, train
 class TinyDitSettings(DiffusionSettings):
     """`layers`, `width`, `heads`: of the transformer."""
 
-    steps: int = 8000
+    steps: int = 6000
     layers: int = 7
     width: int = 144
     heads: int = 6

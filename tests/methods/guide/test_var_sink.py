@@ -398,9 +398,7 @@ def test_a_batch_equals_single_runs(padding: str) -> None:
             together = host(**given).logits
             for b in range(4):
                 alone = host(**single(host, given, b)).logits[0]
-                torch.testing.assert_close(
-                    together[b, given["attention_mask"][b].bool()], alone, rtol=1e-4, atol=1e-4
-                )
+                torch.testing.assert_close(together[b, given["attention_mask"][b].bool()], alone, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def test_targets(grid: tuple[int, int], sigma: float) -> None:
     made = smoothed_targets(grid, sigma)
     places = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
     for i, one in enumerate(places):
-        near = [math.exp(-math.dist(one, other) ** 2 / sigma**2) for other in places]
+        near = [math.exp(-(math.dist(one, other) ** 2) / sigma**2) for other in places]
         assert made[i].tolist() == pytest.approx([v / sum(near) for v in near], abs=1e-6)
     assert torch.equal(made.argmax(1), torch.arange(len(places)))
     assert torch.allclose(made.sum(1), torch.ones(len(places)))
@@ -162,7 +162,7 @@ def slow_loss(logits: Tensor, drawn: Hidden, weights: Tensor, sigma: float) -> f
             if not drawn.hidden[b, v]:
                 continue
             p = int(drawn.place[b, v])
-            near = [math.exp(-math.dist(places[p], other) ** 2 / sigma**2) for other in places]
+            near = [math.exp(-(math.dist(places[p], other) ** 2) / sigma**2) for other in places]
             norm = math.log(sum(math.exp(float(one)) for one in logits[b, v]))
             loss = -sum(w / sum(near) * (float(one) - norm) for w, one in zip(near, logits[b, v]))
             total, mass = total + float(weights[b, v]) * loss, mass + float(weights[b, v])

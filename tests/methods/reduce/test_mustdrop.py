@@ -182,6 +182,7 @@ def test_merged_tokens_of_crops_stand_where_their_first_used_patch_is(order: str
         assert place == sorted(place)
         assert sorted(map(len, groups(tokens, b)))[-2:] == [9, 9]
 
+
 @pytest.mark.parametrize("order", ["spatial", "released"])
 def test_order_of_a_picture_of_one_crop(order: str) -> None:
     x = smooth(4, (6, 6))

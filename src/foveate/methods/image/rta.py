@@ -167,7 +167,12 @@ class FanHybrid(nn.Module):
         self.stages = nn.Sequential(
             *(
                 ConvNeXtStage(
-                    before, after, stride=stride, depth=layers, ls_init_value=1e-6, norm_layer=LayerNorm2d,
+                    before,
+                    after,
+                    stride=stride,
+                    depth=layers,
+                    ls_init_value=1e-6,
+                    norm_layer=LayerNorm2d,
                     norm_layer_cl=LayerNorm,
                 )
                 for before, after, stride, layers in ((128, 128, 1, stages[0]), (128, 256, 2, stages[1]))
