@@ -166,7 +166,7 @@ def main() -> None:
         decoder = Lantern(draft=source.draft, codebook=source.codebook, offset=source.codes[0], ratio=ratio)
         note(f"lantern, dynamic, ratio {ratio}", measured(decoder, timed=False))
     if not options.smoke:
-        write("decode", options, {"tokens": tokens, "results": results})
+        write("decode", options, {"methods": ["sjd", "lantern"], "tokens": tokens, "results": results})
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def main() -> None:
     print(found.why)
     if not options.smoke:
         judge = found.environment["judge"]
-        write("diffusion", options, {"judge": judge, "why": found.why, "rows": [asdict(row) for row in found.rows]})
+        measured = {"judge": judge, "why": found.why, "rows": [asdict(row) for row in found.rows]}
+        write("diffusion", options, {"methods": ["ras", "t-stitch"], **measured})
 
 
 if __name__ == "__main__":

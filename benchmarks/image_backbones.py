@@ -102,7 +102,7 @@ def main() -> None:
         results[name] |= times
         print(name, results[name], flush=True)
     if not options.smoke:
-        write("image_backbones", options, {"results": results})
+        write("image_backbones", options, {"methods": ["davit", "strip-mlp"], "results": results})
 
 
 if __name__ == "__main__":

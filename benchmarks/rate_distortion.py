@@ -141,7 +141,7 @@ def main() -> None:
     file = io.BytesIO()
     draw(results).savefig(file, format="png", dpi=160)
     if not options.smoke:
-        write("rate_distortion", options, results)
+        write("rate_distortion", options, {"methods": ["titok", "one-d-piece"], **results})
         write_bytes(options.figure, file.getvalue())
 
 

@@ -111,7 +111,7 @@ def main() -> None:
                 results.setdefault(kind.__name__.lower(), {})[label] = found
                 print(kind.__name__.lower(), label, found, flush=True)
     if not options.smoke:
-        write("tokenizer_throughput", options, results)
+        write("tokenizer_throughput", options, {"methods": ["titok", "one-d-piece"], **results})
 
 
 if __name__ == "__main__":

@@ -142,6 +142,33 @@ def test_what_was_not_measured_is_not_told() -> None:
     assert "No benchmark has a row of it yet." in page and "###" not in page
 
 
+def test_what_we_say_of_a_result_is_on_the_pages_of_its_methods(tmp_path: Path) -> None:
+    (tmp_path / "several.json").write_text(json.dumps({"environment": {"command": "python c.py"}, "methods": ["hired"]}))
+    (tmp_path / "several.md").write_text("### On scenes\n\nIt loses.\n")
+    results = read_results(tmp_path)
+    page = method_page(HiRed, [0.0] * len(HiRed.claims), results)
+    assert "### On scenes\n\nIt loses.\n\n`python c.py` → `benchmarks/results/several.json`." in page
+    assert "It loses" not in method_page(Pool, [], results)
+
+
+def floats(value: Any) -> Iterator[float]:
+    """All numbers in what JSON holds."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from floats(one)
+    elif isinstance(value, int | float):
+        yield float(value)
+
+
+@pytest.mark.parametrize("notes", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.stem)
+def test_figures_that_we_quote_were_measured(notes: Path) -> None:
+    """Every decimal fraction is one of the result's numbers, rounded: as it is, in percent, in millions."""
+    measured = list(floats(json.loads(notes.with_suffix(".json").read_text(encoding="utf-8"))))
+    for quoted in re.findall(r"(?<![\w.])\d+\.\d+", notes.read_text(encoding="utf-8")):
+        near = 0.5001 * 10.0 ** -len(quoted.split(".")[1])
+        assert any(abs(times * one - float(quoted)) <= near for one in measured for times in (1, 100, 1e-6)), quoted
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as done:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 INDEX = "index.md"
 RESULTS = Path("benchmarks/results")
-"""Where the benchmarks of this repository keep what they measured, a JSON file a run."""
+"""Where the benchmarks of this repository keep what they measured, a JSON file a run; what we say of one is beside it,
+in Markdown, under the same name."""
 
 KIND = {
     "reduce": "drop, merge, exit or skip tokens inside an existing model",
@@ -107,7 +108,10 @@ def page_name(slug: str) -> str:
 
 
 def read_results(folder: Path | None = None) -> dict[str, Any]:
-    """File name -> content of the JSON files in `folder`, by name; see `write_pages`."""
+    """File name -> content of the JSON files in `folder`, by name; see `write_pages`.
+
+    Where a Markdown file of the same name is beside one, its text is the content's `notes`.
+    """
     if folder is None:
         if not RESULTS.is_dir():
             return {}
@@ -120,6 +124,9 @@ def read_results(folder: Path | None = None) -> dict[str, Any]:
             found[file.name] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{file}: no JSON ({error})") from None
+        notes = file.with_suffix(".md")
+        if notes.is_file():
+            found[file.name]["notes"] = notes.read_text(encoding="utf-8").strip()
     return found
 
 
@@ -170,8 +177,8 @@ def method_page(cls: type[Published], ours: Sequence[float], results: Mapping[st
         realised=list(_realised(card.slug, results)),
         overheads=list(_overheads(card.slug, results)),
         others=[
-            {"file": file, "command": _command(content)}
-            for file, content in results.items() if file.startswith(card.slug.replace("-", "_"))
+            {"file": file, "command": _command(content), "notes": content.get("notes", "")}
+            for file, content in results.items() if _is_about(card.slug, file, content)
         ],
     )  # fmt: skip
 
@@ -217,6 +224,11 @@ def _render(template: str, **values: Any) -> str:
 
 
 # -- what benchmarks measured
+
+
+def _is_about(slug: str, file: str, content: Any) -> bool:
+    """Whether a file is named after a method, or lists it among its `methods`."""
+    return file.startswith(slug.replace("-", "_")) or slug in content.get("methods", ())
 
 
 def _command(content: Any) -> str:
