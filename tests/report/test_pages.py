@@ -143,7 +143,8 @@ def test_what_was_not_measured_is_not_told() -> None:
 
 
 def test_what_we_say_of_a_result_is_on_the_pages_of_its_methods(tmp_path: Path) -> None:
-    (tmp_path / "several.json").write_text(json.dumps({"environment": {"command": "python c.py"}, "methods": ["hired"]}))
+    content = {"environment": {"command": "python c.py"}, "methods": ["hired"]}
+    (tmp_path / "several.json").write_text(json.dumps(content))
     (tmp_path / "several.md").write_text("### On scenes\n\nIt loses.\n")
     results = read_results(tmp_path)
     page = method_page(HiRed, [0.0] * len(HiRed.claims), results)
