@@ -230,7 +230,8 @@ class Dtop(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         alive = F.pad(active, (prefix, 0), value=True)
         counts = alive.sum(1).tolist()
         # Everything but attention goes token by token: all pictures' tokens in one sequence, without padding.
-        packed = x[alive].unsqueeze(0)
+        flat, rows = x.flatten(0, 1), alive.flatten().nonzero().squeeze(1)
+        packed = flat.index_select(0, rows).unsqueeze(0)
         for block in blocks:
             parts = [one.split(counts, 2) for one in project(block.attn, block.norm1(packed))]
             out = [
@@ -240,7 +241,7 @@ class Dtop(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate"):
             ]
             attended = torch.cat(out, 2) if out else parts[2][0]
             packed = add_branches(block, packed, project_out(block.attn, attended))
-        return torch.zeros_like(x).masked_scatter(alive.unsqueeze(-1), packed)
+        return torch.zeros_like(flat).index_copy(0, rows, packed.squeeze(0)).view(x.shape)
 
     def _judge(self, decoder: Any, full: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a head says of the active of `full` (B, n, C): mask logits (B, K, n), 0 for the others, and presence."""
