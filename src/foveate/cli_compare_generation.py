@@ -15,7 +15,7 @@ from foveate.cli_common import (
     show_comparison,
     unknown_words,
 )
-from foveate.cli_generate import build_entries, find_generator, parse_names
+from foveate.cli_generate import DEFAULT_MODEL, build_entries, find_generator, parse_names, smaller_of
 from foveate.method import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from foveate.measure.comparison import TaskRow
 
-DEFAULT_MODEL, DEFAULT_SMALL = "tiny-dit", "tiny-dit-small"
 DEFAULT_COUNT = 256
 _SIDE = 64
 _SEED = 2**31 - 1
@@ -37,9 +36,9 @@ def run(
 ) -> None:  # fmt: skip
     """The command; numbers, folder and dtype are checked already."""
     names = parse_names(methods or ALL)
-    if model is None:
-        model, small = _shipped(small)
+    model = model or DEFAULT_MODEL
     source = find_generator(model)
+    small = small or smaller_of(model)
     smaller = None if small is None else (small, find_generator(small))
     captions, real = _scenes(count or DEFAULT_COUNT) if prompts is None else (_read(prompts)[:count], None)
     accelerator = make_accelerator(device)
@@ -67,14 +66,6 @@ def run(
     if generator.tokenizer is not None and (words := unknown_words(generator.tokenizer, captions)):
         print(f"note: {model} was not taught {', '.join(words)}", file=sys.stderr)
     show_comparison(comparison, out, model, made=made)
-
-
-def _shipped(small: str | None) -> tuple[str, str | None]:
-    from foveate import zoo
-
-    if DEFAULT_MODEL not in zoo.names():
-        raise InputError("--task generation needs --model: a folder, or a hub id OWNER/NAME")
-    return DEFAULT_MODEL, small or (DEFAULT_SMALL if DEFAULT_SMALL in zoo.names() else None)
 
 
 def _scenes(count: int) -> tuple[list[str], Tensor]:

@@ -30,6 +30,7 @@ from foveate.method import InputError, Published, did_you_mean, published_class
 if TYPE_CHECKING:
     from foveate.generate import Column, Generator
 
+DEFAULT_MODEL = "tiny-dit"
 SHEET, RECORD = "contact-sheet.png", "generation.json"
 
 
@@ -41,7 +42,7 @@ def generate(
             help="A text-to-image pipeline of diffusers, shipped, a local folder, or a hub id OWNER/NAME (which is "
             "downloaded); or an autoregressive model, shipped or a folder that `foveate train tiny-ar` wrote."
         ),
-    ],
+    ] = DEFAULT_MODEL,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +51,10 @@ def generate(
         ),
     ] = None,
     small: Annotated[
-        str | None, typer.Option(help="A smaller model of the kind of --model, for methods that take one.")
+        str | None,
+        typer.Option(
+            help="A smaller model of the kind of --model, for methods that take one; a shipped model has its own."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first noise, the same for every prompt and method.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Of the sampler [the pipeline's own].")] = None,
@@ -80,6 +84,7 @@ def generate(
     kind = check_dtype(dtype)
     check_folder(out)
     source = find_generator(model)
+    small = small or smaller_of(model)
     smaller = None if small is None else (small, find_generator(small))
     accelerator = make_accelerator(device)
 
@@ -135,6 +140,13 @@ def build_entries(
                 raise
             refused[label] = str(error)
     return entries, refused
+
+
+def smaller_of(name: str) -> str | None:
+    """The zoo's smaller model for a model of the zoo; None where there is none."""
+    from foveate import zoo
+
+    return next((one for one in (f"{name}-small", f"{name}-draft") if one in zoo.names()), None)
 
 
 def find_generator(name: str) -> str:
