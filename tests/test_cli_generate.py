@@ -204,6 +204,14 @@ def test_every_pipeline_that_takes_a_prompt() -> None:
 # -- autoregressive models
 
 
+def test_the_shipped_generator_and_its_small_one(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("generate", "--prompt", "a dog", "--steps", "2", "--methods", "t-stitch", "--out", "o")
+    assert (code, err) == (0, ""), err
+    record = json.loads((tmp_path / "o/generation.json").read_text())
+    assert (record["model"]["name"], record["model"]["small"]) == ("tiny-dit", "tiny-dit-small") and "t-stitch" in out
+    assert Image.open(tmp_path / "o/t-stitch-0.png").size == (64, 64)
+
+
 def causal(folder: Path, layers: int = 2, seed: int = 0) -> None:
     """A tiny random one, as `foveate train tiny-ar` leaves it: 4 x 4 codes of 16."""
     torch.manual_seed(seed)
