@@ -78,16 +78,16 @@ def plot_svg(comparison: Table[R]) -> str:
             heights.append(max(y, heights[-1] + gap) if heights else y)
         if heights and heights[-1] > high:
             heights = [height - (heights[-1] - high) for height in heights]
-        right = axes.get_xlim()[1]
         for (x, y, name, colour), height in zip(ordered, heights):
             axes.annotate(
-                name, (x, y), (right * 1.02, height), annotation_clip=False, va="center", color=colour,
+                name, (x, y), (1.06, height), textcoords=axes.get_yaxis_transform(), annotation_clip=False,
+                va="center", color=colour,
                 arrowprops={"arrowstyle": "-", "color": _LINE, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
             )  # fmt: skip
         if by.lower:
             axes.invert_yaxis()
         axes.set_xlabel(f"{task.cost} of {task.work}, as a share of dense", color=_INK)
-        axes.set_ylabel(f"{by.words} ({unit})", color=_INK)
+        axes.set_ylabel(f"{by.words.removeprefix('of ')} ({unit})", color=_INK)
         axes.tick_params(colors=_SOFT, length=3)
         axes.grid(color=_LINE, linewidth=0.5, alpha=0.6)
         axes.set_axisbelow(True)
@@ -96,7 +96,7 @@ def plot_svg(comparison: Table[R]) -> str:
             spine.set_color(_LINE)
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)
-        figure.subplots_adjust(left=0.08, right=0.84, top=0.97, bottom=0.12)
+        figure.subplots_adjust(left=0.08, right=0.8, top=0.97, bottom=0.12)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(file.getvalue())
