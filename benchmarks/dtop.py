@@ -104,13 +104,8 @@ def realised(options: argparse.Namespace) -> dict[str, Any]:
     said = model.stages(pictures)
     half = float(model.score(said.masks[0], said.presences[0]).amax(1).median())
 
-    runs: dict[str, Callable[[], Any]] = {
-        "to patches": lambda: model.patch_scores(model.stages(pictures)), "to pixels": lambda: model(pictures),
-    }  # fmt: skip
-    clock, found = CLOCKS[options.clock], {}
-    for label, run in runs.items():
-
-        def cost(confidence: float, run: Callable[[], Any] = run) -> tuple[Callable[[], Any], int]:
+    def share(run: Callable[[], Any]) -> dict[str, float]:
+        def cost(confidence: float) -> tuple[Callable[[], Any], int]:
             def once() -> Any:
                 model.set_exits(confidence=confidence)
                 return run()
@@ -120,18 +115,20 @@ def realised(options: argparse.Namespace) -> dict[str, Any]:
             return once, counter.get_total_flops()
 
         (dense, before), (exits, after) = cost(1.0), cost(half)
-        timing = interleave(
-            lambda dense=dense: seconds(dense, clock=clock),  # type: ignore[misc]
-            lambda exits=exits: seconds(exits, clock=clock),  # type: ignore[misc]
-            options.pairs,
-        )
-        found[label] = {
+        clock = CLOCKS[options.clock]
+        timing = interleave(lambda: seconds(dense, clock=clock), lambda: seconds(exits, clock=clock), options.pairs)
+        row = {
             "flops_ratio": after / before, "time_ratio": timing.ratio, "time_low": timing.low,
             "time_high": timing.high, "dense_seconds": timing.first_seconds,
             "realised_share": (1 - timing.ratio) / (1 - after / before),
         }  # fmt: skip
-        print(label, found[label], flush=True)
-    return found
+        print(row, flush=True)
+        return row
+
+    return {
+        "to patches": share(lambda: model.patch_scores(model.stages(pictures))),
+        "to pixels": share(lambda: model(pictures)),
+    }
 
 
 def measure(

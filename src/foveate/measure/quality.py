@@ -149,6 +149,13 @@ def kl_divergence(dense: Tensor, other: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
+def mean_iou(confusion: Tensor) -> float:
+    """Mean intersection over union of the classes that occur, in truth or answers; confusion (C, C) counts pairs."""
+    shared = confusion.diag().double()
+    union = confusion.sum(0) + confusion.sum(1) - shared
+    return float((shared / union)[union > 0].mean())
+
+
 def score(
     samples: Sequence[Sample], dense: Sequence[Answered], said: Sequence[Answered], accelerator: Any = None
 ) -> Quality:

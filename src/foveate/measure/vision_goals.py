@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.data.picture_folder import IGNORED
 from foveate.data.scenes import NAMES
 from foveate.measure.comparison import Figure, Task
-from foveate.measure.quality import kl_divergence
+from foveate.measure.quality import kl_divergence, mean_iou
 from foveate.measure.vision_models import Trained, VisionModel
 from foveate.method import InputError
 
@@ -19,6 +19,14 @@ TIMED = 8
 _BACKGROUND = "background"
 
 _AGREEMENT = "agreement with dense"
+_COMMON: dict[str, Any] = {
+    "heading": "Which visual tokens can {model} do without?",
+    "work": f"{TIMED} pictures",
+    "inside": "encoder",
+    "budget": "visual tokens at the encoder's end, as a share of all",
+    "samples": ("picture", "pictures"),
+}
+"""What both tasks say of pictures."""
 RECOGNITION = Task(
     "recognition",
     (
@@ -31,11 +39,7 @@ RECOGNITION = Task(
         ),
         Figure("KL", "divergence of the classes from dense's, in nats; 0 is the same", unit="nats", decimals=3),
     ),
-    heading="Which visual tokens can {model} do without?",
-    work=f"{TIMED} pictures",
-    inside="encoder",
-    budget="visual tokens at the encoder's end, as a share of all",
-    samples=("picture", "pictures"),
+    **_COMMON,
 )  # fmt: skip
 SEGMENTATION = Task(
     "segmentation",
@@ -45,11 +49,7 @@ SEGMENTATION = Task(
         Figure("agreement", "share of patches with the same class as dense says", _AGREEMENT, near=0.01),
         Figure("KL", "divergence of a patch's classes from dense's, in nats; 0 is the same", unit="nats", decimals=3),
     ),
-    heading="Which visual tokens can {model} do without?",
-    work=f"{TIMED} pictures",
-    inside="encoder",
-    budget="visual tokens at the encoder's end, as a share of all",
-    samples=("picture", "pictures"),
+    **_COMMON,
 )  # fmt: skip
 TASKS = {task.name: task for task in (RECOGNITION, SEGMENTATION)}
 
@@ -162,13 +162,10 @@ class Segmentation:
         counted = truth != IGNORED
         count = len(self.classes)
         pairs = (truth[counted] * count + found[counted]).bincount(minlength=count * count).view(count, count)
-        there = pairs.sum(0) + pairs.sum(1) > 0
-        shared = pairs.diag().double()
-        iou = shared / (pairs.sum(0) + pairs.sum(1) - shared).clamp(min=1)
         kl = kl_divergence(dense.transpose(1, 2), said.transpose(1, 2))
         return {
-            "mean IoU": float(iou[there].mean()),
-            "patches right": float(shared.sum() / pairs.sum().clamp(min=1)),
+            "mean IoU": mean_iou(pairs),
+            "patches right": float(pairs.diag().sum() / pairs.sum().clamp(min=1)),
             "agreement": float((found == dense.argmax(1)).float().mean()),
             "KL": float(kl.mean()),
         }

@@ -1,8 +1,8 @@
 """Recipe for `dtop`: which object is under every patch of a scene, from the zoo's tiny-vit, with tokens that finish.
 
 First the base model, whose tokens all go to the end, then the paper's fine-tuning with early exits. Heads learn at
-`head_rate` times the backbone's rate (the paper: 10). Heads are linear by default: they need the
-fewest steps to say something (the paper's ATM heads are `head="atm"`).
+`head_rate` times the backbone's rate (the paper: 10). Heads are linear by default; the
+paper's ATM heads are `head="atm"`.
 """
 
 from __future__ import annotations

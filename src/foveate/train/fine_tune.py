@@ -15,9 +15,10 @@ from torch import Tensor
 from foveate import zoo
 from foveate.data.scenes import NAMES, Scenes
 from foveate.measure.flops import count_flops
+from foveate.measure.quality import mean_iou
 from foveate.method import InputError
 from foveate.train.loop import Batch, Recipe, Settings
-from foveate.train.tiny_vit import mean_iou, normalised, scene_batch
+from foveate.train.tiny_vit import normalised, scene_batch
 
 CHUNK = 50
 """Scenes at a time in evaluation."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from foveate import zoo
 from foveate.data.scenes import NAMES, Scene, Scenes, patch_labels, patch_owner, presence
+from foveate.measure.quality import mean_iou
 from foveate.method import InputError
 from foveate.train.loop import Batch, Recipe, Settings, write_json, write_tensors
 
@@ -157,10 +158,3 @@ def scene_batch(scenes: list[Scene]) -> Batch:
         "labels": torch.from_numpy(np.stack([patch_labels(scene, 8).ravel() for scene in scenes])),
         "boxes": torch.from_numpy(np.stack(boxes)),
     }
-
-
-def mean_iou(confusion: Tensor) -> float:
-    """Mean over the classes that occur (in truth or prediction)."""
-    shared = confusion.diag().float()
-    union = confusion.sum(0) + confusion.sum(1) - shared
-    return float((shared / union)[union > 0].mean())
