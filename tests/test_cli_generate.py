@@ -215,7 +215,7 @@ def test_the_shipped_generator_and_its_small_one(run: Run, tmp_path: Path) -> No
 def causal(folder: Path, layers: int = 2, seed: int = 0) -> None:
     """A tiny random one, as `foveate train tiny-ar` leaves it: 4 x 4 codes of 16."""
     torch.manual_seed(seed)
-    words, vq = build_tokenizer(["a", "cat", "frog", "and"]), build_vq(width=8, codes=16)
+    words, vq = build_tokenizer(["a", "cat", "frog", "and"]), build_vq(width=8, codes=16, pitch=8)
     build_ar(words, vq, grid=(4, 4), layers=layers, width=16, heads=2).save_pretrained(folder)
     words.save_pretrained(folder)
     vq.save_pretrained(folder / "vq")

@@ -203,7 +203,7 @@ def test_without_names_the_nearest_to_dense_is_chosen() -> None:
 
 def causal(layers: int, seed: int = 0) -> PictureGenerator:
     torch.manual_seed(seed)
-    words, vq = build_tokenizer(["a", "cat", "dog", "and"]), build_vq(width=8, codes=16)
+    words, vq = build_tokenizer(["a", "cat", "dog", "and"]), build_vq(width=8, codes=16, pitch=8)
     model = build_ar(words, vq, grid=(4, 4), layers=layers, width=16, heads=2)
     return PictureGenerator(model, words, vq)
 

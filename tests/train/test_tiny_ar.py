@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of pictures."""
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("vq")
-    vq = build_vq(width=8, codes=16)
+    vq = build_vq(width=8, codes=16, pitch=8)
     torch.nn.init.normal_(vq.quantize.embedding.weight, std=0.3)
     vq.save_pretrained(out)
     return out

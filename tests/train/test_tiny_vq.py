@@ -157,7 +157,7 @@ def test_an_interrupted_run_gives_the_same_codes(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [({"width": 12}, "width"), ({"codes": 1}, "codes"), ({"perceptual": -1.0}, "perceptual"),
-     ({"free_steps": -1}, "free_steps")],
+     ({"free_steps": -1}, "free_steps"), ({"pitch": 6}, "pitch")],
 )  # fmt: skip
 def test_nonsense_is_rejected(overrides: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
@@ -167,8 +167,19 @@ def test_nonsense_is_rejected(overrides: dict[str, Any], named: str) -> None:
 def test_what_cannot_be_coded() -> None:
     from foveate.zoo.vq import build_vq, decode, encode
 
-    vq = build_vq(width=8, codes=4)
+    vq = build_vq(width=8, codes=4, pitch=8)
     with pytest.raises(InputError, match="multiples of 8 px, not 20 x 16"):
         encode(vq, torch.rand(1, 3, 20, 16))
     with pytest.raises(InputError, match="were not made by this model"):
         decode(vq, Codes(torch.zeros(1, 4, dtype=torch.long), 5, (16, 16), (2, 2)))
+
+
+@pytest.mark.parametrize("pitch", [2, 4, 16])
+def test_a_code_stands_for_a_square_of_the_pitch(pitch: int) -> None:
+    from foveate.zoo.vq import build_vq, decode, encode
+
+    torch.manual_seed(0)
+    vq = build_vq(width=8, codes=4, pitch=pitch)
+    codes = encode(vq, torch.rand(2, 3, 32, 16))
+    assert codes.grid == (32 // pitch, 16 // pitch) and codes.ids.shape == (2, 512 // pitch**2)
+    assert decode(vq, codes).shape == (2, 3, 32, 16)

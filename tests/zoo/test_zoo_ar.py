@@ -21,7 +21,7 @@ from foveate.zoo.vq import build_vq, decode
 
 def built() -> PictureGenerator:
     torch.manual_seed(0)
-    tokenizer, vq = build_tokenizer(caption_words()), build_vq(width=8, codes=12).eval()
+    tokenizer, vq = build_tokenizer(caption_words()), build_vq(width=8, codes=12, pitch=8).eval()
     model = build_ar(tokenizer, vq, grid=(2, 3), layers=2, width=16, heads=2)
     for weight in model.parameters():
         if weight.ndim == 2:

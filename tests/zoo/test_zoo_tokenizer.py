@@ -43,7 +43,7 @@ def test_a_folder_gives_the_tokenizer_that_was_saved(tmp_path: Path, capsys: pyt
 
 
 def test_a_grid_of_codes_of_diffusers(tmp_path: Path) -> None:
-    vq = build_vq(width=8, codes=32).eval()
+    vq = build_vq(width=8, codes=32, pitch=8).eval()
     vq.save_pretrained(tmp_path)
     loaded, pixels = load_tokenizer(tmp_path), torch.rand(2, 3, 64, 64)
     codes = loaded.encode(pixels)

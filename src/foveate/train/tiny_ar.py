@@ -142,11 +142,12 @@ class TinyAr(Recipe):
 
     def __init__(self, settings: TinyArSettings, seed: int) -> None:
         from foveate.zoo.ar import PictureGenerator, build_ar, build_tokenizer
+        from foveate.zoo.vq import pitch_of
 
         self.settings, self.seed = settings, seed
         self.data = load_file(settings.codes)
         vq, tokenizer = _load_vq(settings.vq), build_tokenizer(caption_words())
-        side = SIDE // 2 ** (len(vq.config.block_out_channels) - 1)
+        side = SIDE // pitch_of(vq)
         sizes = {name: getattr(settings, name) for name in ("layers", "width", "heads", "guidance_scale")}
         llama = build_ar(tokenizer, vq, grid=(side, side), **sizes)
         self.generator = PictureGenerator(llama.train(), tokenizer, vq)

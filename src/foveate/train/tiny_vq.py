@@ -1,4 +1,4 @@
-"""Recipe for `tiny-vq`: pictures of 64 px as 8 x 8 codes, what `tiny-ar` generates.
+"""Recipe for `tiny-vq`: pictures of 64 px as 16 x 16 codes, what `tiny-ar` generates.
 
 The loss is the mean absolute error of the pixels and of the differences of neighbouring pixels, the distance of
 tiny-vit's tokens (`foveate.measure.generation.Perceptual`, for pictures whose objects can still be named), and the
@@ -37,6 +37,7 @@ class TinyVqSettings(Settings):
     """Attributes:
     width: channels at full resolution, a multiple of 8.
     codes: number of codes.
+    pitch: px from one code to the next, a power of two: what a code has to tell.
     free_steps: first steps, in which latents are decoded as they are.
     perceptual: weight of the distance of tiny-vit's tokens.
     """
@@ -48,7 +49,8 @@ class TinyVqSettings(Settings):
     weight_decay: float = 0.0
     test_scenes: int = 1000
     width: int = 16
-    codes: int = 1024
+    codes: int = 512
+    pitch: int = 4
     free_steps: int = 200
     perceptual: float = 0.3
 
@@ -58,6 +60,8 @@ class TinyVqSettings(Settings):
             raise InputError(f"width must be a multiple of 8, not {self.width}")
         if self.codes < 2:
             raise InputError(f"codes must be >= 2, not {self.codes}")
+        if self.pitch not in (2, 4, 8, 16):
+            raise InputError(f"pitch must be 2, 4, 8 or 16, not {self.pitch}")
         if self.free_steps < 0:
             raise InputError(f"free_steps must be >= 0, not {self.free_steps}")
         if not 0 <= self.perceptual < float("inf"):
@@ -117,7 +121,7 @@ class TinyVq(Recipe):
     name = "tiny-vq"
     settings_type = TinyVqSettings
     smoke: ClassVar[dict[str, Any]] = {
-        "steps": 2, "batch": 4, "warmup": 1, "width": 8, "codes": 16, "free_steps": 1, "workers": 0, "test_scenes": 4,
+        "steps": 2, "batch": 4, "warmup": 1, "width": 8, "codes": 16, "pitch": 8, "free_steps": 1, "workers": 0, "test_scenes": 4,
     }  # fmt: skip
 
     @classmethod
@@ -129,7 +133,7 @@ class TinyVq(Recipe):
         from foveate.zoo.vq import build_vq
 
         self.settings = settings
-        self.vq = build_vq(width=settings.width, codes=settings.codes)
+        self.vq = build_vq(width=settings.width, codes=settings.codes, pitch=settings.pitch)
         self.model: VqObjective = VqObjective(self.vq, Judge(), settings.free_steps)
         self.scenes, self.crops = CaptionedScenes("train", seed, size=SIDE), crops("train", seed)
 

@@ -27,7 +27,7 @@ from foveate.method import InputError
 from foveate.nn.codes import Codes
 from foveate.zoo.text import build_caption_tokenizer
 from foveate.zoo.tokenizer import fingerprint
-from foveate.zoo.vq import decode
+from foveate.zoo.vq import decode, pitch_of
 
 VQ = "vq"
 """Folder of the tokenizer of pictures within a generator's folder; without it, it is the zoo's `tiny-vq`."""
@@ -61,7 +61,7 @@ class PictureGenerator:
     def codes_of(self, sequences: Tensor) -> Codes:
         """The pictures at the end of what `generate` returned: (B, L + N) ids. InputError where these are no codes."""
         rows, columns = self.grid
-        pitch = 2 ** (len(self.vq.config.block_out_channels) - 1)
+        pitch = pitch_of(self.vq)
         ids = sequences[:, -rows * columns :].cpu() - self.codes[0]
         return Codes(ids, self.vq.config.num_vq_embeddings, (pitch * rows, pitch * columns), self.grid)
 

@@ -12,15 +12,17 @@ from foveate.method import InputError
 from foveate.nn.codes import Codes
 
 
-def build_vq(*, width: int = 16, codes: int = 1024) -> VQModel:
-    """An untrained model: a picture (B, 3, H, W) in -1..1 becomes a grid of (H / 8) x (W / 8) codes, 8 numbers each.
+def build_vq(*, width: int = 16, codes: int = 512, pitch: int = 4) -> VQModel:
+    """An untrained model: a picture (B, 3, H, W) in -1..1 becomes a grid of codes, 8 numbers each.
 
-    `width` is the number of channels at full resolution, a multiple of 8; it doubles with each of the three halvings.
+    `width` is the number of channels at full resolution, a multiple of 8; it doubles with each halving. `pitch` is the
+    number of px from one code to the next, a power of two.
     """
+    levels = pitch.bit_length()
     return VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(width, 2 * width, 4 * width, 8 * width),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(width * 2**level for level in range(levels)),
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
@@ -30,10 +32,15 @@ def build_vq(*, width: int = 16, codes: int = 1024) -> VQModel:
     )
 
 
+def pitch_of(vq: Any) -> int:
+    """Pixels from one code to the next."""
+    return 2 ** (len(vq.config.block_out_channels) - 1)
+
+
 @torch.no_grad()
 def encode(vq: Any, pictures: Tensor, *, batch: int = 100) -> Codes:
     """The codes of pictures (n, 3, H, W), in 0..1 or uint8; sides must be multiples of the grid's pitch."""
-    pitch = 2 ** (len(vq.config.block_out_channels) - 1)
+    pitch = pitch_of(vq)
     height, width = pictures.shape[2:]
     if height % pitch or width % pitch:
         raise InputError(f"sides of pictures must be multiples of {pitch} px, not {height} x {width}")
