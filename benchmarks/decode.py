@@ -24,6 +24,7 @@ from foveate.measure.timing import interleave, seconds
 from foveate.methods.decode.lantern import Lantern
 from foveate.methods.decode.sjd import Sjd
 from foveate.zoo.ar import PictureGenerator, load_generator
+from foveate.zoo.vq import pitch_of
 
 DELTAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -45,8 +46,7 @@ class Source:
 
 def of_folder(options: argparse.Namespace) -> Source:
     generator = load_generator(options.model)
-    scenes = CaptionedScenes("test", 2**31 - 1, size=2 ** (len(generator.vq.config.block_out_channels) - 1)
-                             * generator.grid[0])  # fmt: skip
+    scenes = CaptionedScenes("test", 2**31 - 1, size=pitch_of(generator.vq) * generator.grid[0])
     some = [scenes[k] for k in range(options.pictures)]
     captions = tuple(one.caption for one in some)
     return Source(
@@ -144,6 +144,8 @@ def main() -> None:
 
     def note(name: str, found: dict[str, Any]) -> None:
         results[name] = found
+        if not options.smoke:
+            write("decode", options, {"methods": ["sjd", "lantern"], "tokens": tokens, "results": results})
         print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
 
     note("ancestral", measured())
@@ -165,8 +167,6 @@ def main() -> None:
     for ratio in (2.0, 5.0):
         decoder = Lantern(draft=source.draft, codebook=source.codebook, offset=source.codes[0], ratio=ratio)
         note(f"lantern, dynamic, ratio {ratio}", measured(decoder, timed=False))
-    if not options.smoke:
-        write("decode", options, {"methods": ["sjd", "lantern"], "tokens": tokens, "results": results})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def tokenize(
         list[Path], typer.Argument(metavar="FILES|DIR", help="Pictures, or folders of them.", show_default=False)
     ],
     tokenizer: Annotated[
-        str, typer.Option(help="titok, one-d-piece, or a folder that `foveate train` of one of them wrote.")
+        str, typer.Option(help="tiny-vq, or a folder that `foveate train` of titok, one-d-piece or tiny-vq wrote.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for a code file of each picture.")],
     tokens: TokensOption = None,

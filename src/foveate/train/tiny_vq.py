@@ -42,7 +42,7 @@ class TinyVqSettings(Settings):
     perceptual: weight of the distance of tiny-vit's tokens.
     """
 
-    steps: int = 3000
+    steps: int = 1500
     batch: int = 16
     lr: float = 2e-3
     warmup: int = 100
