@@ -30,7 +30,7 @@ class TinySdSettings(DiffusionSettings):
     """`width`: of the UNet at 16 x 16, a multiple of 8; `heads`: of its attention; `text_width`: of the text
     encoder, a multiple of 4."""
 
-    steps: int = 8000
+    steps: int = 5000
     width: int = 32
     heads: int = 4
     text_width: int = 64
