@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,31 @@ def need_timm() -> None:
     """Raises an InputError that says what to install where timm is not."""
     if importlib.util.find_spec("timm") is None:
         raise InputError("vision transformers need timm: pip install 'foveate[timm]'")
+
+
+def fixed_positions(side: int, width: int, prefix: int = 0) -> nn.Parameter:
+    """(prefix + side^2, width) fixed positions, the first `prefix` zero. A parameter, as those of the release are."""
+    need_timm()
+    from timm.layers import build_sincos2d_pos_embed
+
+    if width % 4:
+        raise InputError(f"width must be a multiple of 4 for positions in two dimensions, not {width}")
+    table = build_sincos2d_pos_embed([side, side], width)
+    return nn.Parameter(F.pad(table, (0, 0, prefix, 0)), requires_grad=False)
+
+
+def transformer_blocks(depth: int, width: int, heads: int, drop_path: float = 0.0, **options: Any) -> nn.ModuleList:
+    """timm's pre-norm blocks with `options`; `drop_path` is the last one's rate, to which it rises from 0.
+
+    Raises an InputError where the width is no multiple of the heads.
+    """
+    need_timm()
+    from timm.models.vision_transformer import Block
+
+    if heads < 1 or width % heads:
+        raise InputError(f"width must be a multiple of heads, not {width} with {heads} heads")
+    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+    return nn.ModuleList(Block(width, heads, drop_path=rate, **({"qkv_bias": True} | options)) for rate in rates)
 
 
 def lv_vit(

@@ -27,14 +27,8 @@ from torch.nn import functional as F
 
 from foveate.data.scenes import NAMES
 from foveate.method import InputError
-from foveate.methods.learn.seit import (
-    Codebook,
-    Geometry,
-    Seit,
-    SeitClassifier,
-    TokenAdapt,
-    TokenAugmentation,
-)
+from foveate.methods.learn.seit import Seit, SeitClassifier
+from foveate.methods.learn.token_augmentation import Codebook, Geometry, TokenAdapt, TokenAugmentation
 from foveate.nn.token_file import TokenFile, storage, write_tokens
 from foveate.train.loop import Batch, Recipe, Settings, write_tensors
 from foveate.train.recognition import accuracy_and_calibration, drawn, single_objects

@@ -121,7 +121,8 @@ class TinyVq(Recipe):
     name = "tiny-vq"
     settings_type = TinyVqSettings
     smoke: ClassVar[dict[str, Any]] = {
-        "steps": 2, "batch": 4, "warmup": 1, "width": 8, "codes": 16, "pitch": 8, "free_steps": 1, "workers": 0, "test_scenes": 4,
+        "steps": 2, "batch": 4, "warmup": 1, "width": 8, "codes": 16, "pitch": 8, "free_steps": 1, "workers": 0,
+        "test_scenes": 4,
     }  # fmt: skip
 
     @classmethod

@@ -14,15 +14,12 @@ from torch.nn import functional as F
 pytest.importorskip("timm")
 
 from foveate.method import InputError
-from foveate.methods.learn.seit import (
-    CONFIGURATIONS,
+from foveate.methods.learn.seit import CONFIGURATIONS, Masking, Seit, SeitClassifier
+from foveate.methods.learn.token_augmentation import (
     Codebook,
     ColorAdapt,
     EmbNoise,
     Geometry,
-    Masking,
-    Seit,
-    SeitClassifier,
     TokenAdapt,
     TokenAugmentation,
     TokenEda,
