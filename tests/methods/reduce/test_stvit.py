@@ -17,14 +17,8 @@ from timm.models.vision_transformer import Block
 
 from foveate.measure.flops import count_flops
 from foveate.method import InputError
-from foveate.methods.reduce.stvit import (
-    SWIN_CONFIGURATIONS,
-    Seeds,
-    SemanticLayers,
-    STViT,
-    STViTSwin,
-    enlarged,
-)
+from foveate.methods.reduce.stvit import SWIN_CONFIGURATIONS, STViT, STViTSwin
+from foveate.nn.semantic_tokens import Seeds, SemanticLayers, enlarged
 
 WIDTH = 16
 SMALL_SWIN: dict[str, Any] = {"width": 8, "depths": (1, 1, 6, 1), "heads": (1, 1, 2, 2), "classes": 5}
