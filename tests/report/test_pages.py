@@ -161,13 +161,51 @@ def floats(value: Any) -> Iterator[float]:
         yield float(value)
 
 
-@pytest.mark.parametrize("notes", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.stem)
+NOTES = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+
+
+def among(quoted: str, measured: list[float]) -> bool:
+    """Whether a figure is one of the numbers, rounded: as it is, in percent, in millions."""
+    near = 0.5001 * 10.0 ** -len(quoted.partition(".")[2])
+    return any(abs(times * one - float(quoted)) <= near for one in measured for times in (1, 100, 1e-6))
+
+
+def entries(value: Any, number: float | None) -> Iterator[list[float]]:
+    """The numbers of everything within the JSON, and of those elements of each list that have `number` in common."""
+    if not isinstance(value, dict | list):
+        return
+    if isinstance(value, list) and number is not None:
+        alike = [one for one in value if isinstance(one, dict) and number in one.values()]
+        yield list(floats(alike))
+    for one in value.values() if isinstance(value, dict) else value:
+        yield list(floats(one))
+        yield from entries(one, number)
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=lambda path: path.stem)
 def test_figures_that_we_quote_were_measured(notes: Path) -> None:
-    """Every decimal fraction is one of the result's numbers, rounded: as it is, in percent, in millions."""
     measured = list(floats(json.loads(notes.with_suffix(".json").read_text(encoding="utf-8"))))
     for quoted in re.findall(r"(?<![\w.])\d+\.\d+", notes.read_text(encoding="utf-8")):
-        near = 0.5001 * 10.0 ** -len(quoted.split(".")[1])
-        assert any(abs(times * one - float(quoted)) <= near for one in measured for times in (1, 100, 1e-6)), quoted
+        assert among(quoted, measured), quoted
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=lambda path: path.stem)
+def test_figures_of_a_row_belong_together(notes: Path) -> None:
+    """What stands in one row of a table is of one entry, or of entries that share the number in the row's first cell:
+    in a large file nearly every figure is some row's."""
+    content, rows = json.loads(notes.with_suffix(".json").read_text(encoding="utf-8")), 0
+    for line in notes.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            continue
+        _, first, others = line.split("|", 2)
+        quoted = re.findall(r"(?<![\w.])\d+\.\d+", others)
+        if len(quoted) < 2:
+            continue
+        rows += 1
+        share = re.fullmatch(r"(\d+) %", first.strip())
+        found = entries(content, int(share[1]) / 100 if share else None)
+        assert any(len(one) <= 60 and all(among(figure, one) for figure in quoted) for one in found), line
+    assert rows or "|" not in notes.read_text(encoding="utf-8")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
