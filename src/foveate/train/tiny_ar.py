@@ -40,15 +40,15 @@ class TinyArSettings(Settings):
         guidance_scale: with which pictures are made.
     """
 
-    steps: int = 2600
-    batch: int = 48
+    steps: int = 3000
+    batch: int = 16
     lr: float = 1.5e-3
     warmup: int = 200
     weight_decay: float = 0.05
     test_scenes: int = 1000
     vq: str = ""
     codes: str = ""
-    pictures: int = 50_000
+    pictures: int = 25_000
     drop: float = 0.1
     layers: int = 6
     width: int = 192
@@ -72,7 +72,6 @@ class TinyArSettings(Settings):
 class TinyArDraftSettings(TinyArSettings):
     """The same, smaller."""
 
-    steps: int = 4000
     lr: float = 2e-3
     layers: int = 2
     width: int = 96
