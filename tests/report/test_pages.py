@@ -204,7 +204,7 @@ def test_figures_of_a_row_belong_together(notes: Path) -> None:
         rows += 1
         share = re.fullmatch(r"(\d+) %", first.strip())
         found = entries(content, int(share[1]) / 100 if share else None)
-        assert any(len(one) <= 60 and all(among(figure, one) for figure in quoted) for one in found), line
+        assert any(len(one) <= 100 and all(among(figure, one) for figure in quoted) for one in found), line
     assert rows or "|" not in notes.read_text(encoding="utf-8")
 
 
