@@ -54,6 +54,11 @@ def tiny() -> tuple[Any, Any]:
     return made[0], made[1]
 
 
+def note(row: TaskRow, pictures: Any) -> None:
+    told = {"FLOPs": row.flops_ratio, "time": row.time_ratio, **row.figures}
+    print(row.label, row.refused or {name: value and round(value, 3) for name, value in told.items()}, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-dit", help="a folder, or a name of the zoo")
@@ -80,10 +85,6 @@ def main() -> None:
     entries |= {f"t-stitch, ratio {ratio:g}": [TStitch(small=small, ratio=ratio)] for ratio in stitched}
     scenes = CaptionedScenes("test", 2**31 - 1, size=SIDE)
     some = [scenes[number] for number in range(options.pictures)]
-
-    def note(row: TaskRow, pictures: Any) -> None:
-        told = {"FLOPs": row.flops_ratio, "time": row.time_ratio, **row.figures}
-        print(row.label, row.refused or {name: value and round(value, 3) for name, value in told.items()}, flush=True)
 
     found = compare_generation(
         DiffusionGenerator(large.to(options.device), seed=options.seed, steps=options.steps),

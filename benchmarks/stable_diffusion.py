@@ -16,13 +16,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from diffusion import SIDE, note, of_folder
 from llava_shaped import write
 
-from foveate import zoo
 from foveate.data.scenes import CaptionedScenes
 from foveate.generate import DiffusionGenerator
 from foveate.measure.compare_generation import compare_generation
-from foveate.measure.comparison import TaskRow
 from foveate.method import Published
 from foveate.methods.diffuse.variable_size import VariableSize
 from foveate.methods.guide.a_star import AStar
@@ -30,7 +29,6 @@ from foveate.train.diffusion import build_tokenizer
 from foveate.zoo.sd import build_sd_pipeline, build_unet
 from foveate.zoo.vae import build_vae
 
-SIDE = 64
 GUIDED: dict[str, Sequence[Published]] = {
     "a-star": [AStar()],
     "a-star, segregation alone": [AStar(retention=0.0)],
@@ -41,11 +39,6 @@ GUIDED: dict[str, Sequence[Published]] = {
 def tiny() -> Any:
     """Random weights, for `--smoke`."""
     return build_sd_pipeline(build_unet(width=8, heads=2, text_width=16), build_vae(width=8), build_tokenizer())
-
-
-def note(row: TaskRow, pictures: Any) -> None:
-    told = {"FLOPs": row.flops_ratio, "time": row.time_ratio, **row.figures}
-    print(row.label, row.refused or {name: value and round(value, 3) for name, value in told.items()}, flush=True)
 
 
 def main() -> None:
@@ -68,7 +61,7 @@ def main() -> None:
         guided = {"a-star": [AStar()]}
         pipeline = tiny()
     else:
-        pipeline = zoo.load(options.model) if options.model in zoo.names() else zoo.load_folder(options.model)
+        pipeline = of_folder(options.model)
     scenes = CaptionedScenes("test", 2**31 - 1, size=SIDE)
     captions = [scenes[number].caption for number in range(4 * options.pictures)]  # a quarter of them have two objects
     sizes: dict[str, Any] = {"batch_size": options.batch, "timing_pairs": options.pairs, "on_row": note}
@@ -77,14 +70,19 @@ def main() -> None:
     found = compare_generation(generator, two, guided, **sizes)
     results: dict[str, Any] = {"judge": found.environment["judge"], "guided": [asdict(row) for row in found.rows]}
     results["sizes"] = {}
+
+    def keep() -> None:
+        if not options.smoke:
+            write("stable_diffusion", options, {"methods": ["a-star", "variable-size"], **results})
+
+    keep()
     for side in options.sides:
         print(f"{side} px")
         generator = DiffusionGenerator(pipeline, seed=options.seed, steps=options.steps, height=side, width=side)
         entries = {"variable-size": [VariableSize()]}
         found = compare_generation(generator, captions[: options.pictures], entries, **sizes)
         results["sizes"][str(side)] = [asdict(row) for row in found.rows]
-        if not options.smoke:
-            write("stable_diffusion", options, {"methods": ["a-star", "variable-size"], **results})
+        keep()
 
 
 if __name__ == "__main__":
