@@ -1,4 +1,4 @@
-"""Fewer passes for an autoregressive picture: SJD against ancestral decoding, LANTERN's accepted length against delta.
+"""Fewer passes for an autoregressive picture: SJD, or LANTERN's accepted length against delta, beside ancestral decoding.
 
 On a folder that `foveate train tiny-ar` wrote, or the zoo's, with captions of the test split. Passes are counted for
 each picture, as if it were decoded alone: rows of a batch do not wait for one another. Times are ratios to ancestral
@@ -9,6 +9,7 @@ in docs/zoo.md; "ancestral again" has another seed and says how much of a differ
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,7 @@ def run(source: Source, options: argparse.Namespace, decoder: Any = None, seed: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=["sjd", "lantern"], default="sjd")
     parser.add_argument("--model", default="tiny-ar", help="a folder, or a name of the zoo")
     parser.add_argument("--draft", default="tiny-ar-draft", help="the same, for LANTERN")
     parser.add_argument("--pictures", type=int, default=1000)
@@ -103,7 +105,7 @@ def main() -> None:
     source = tiny(options.pictures) if options.smoke else of_folder(options)
     tokens = int(source.model.generation_config.max_new_tokens)
     judge = None if source.real is None else Judge()
-    distance = None if judge is None else FrechetDistance(judge).real(source.real)
+    distance = None if judge is None or source.real is None else FrechetDistance(judge).real(source.real)
 
     @torch.no_grad()
     def quality(ids: Tensor) -> dict[str, float]:
@@ -145,28 +147,31 @@ def main() -> None:
     def note(name: str, found: dict[str, Any]) -> None:
         results[name] = found
         if not options.smoke:
-            write("decode", options, {"methods": ["sjd", "lantern"], "tokens": tokens, "results": results})
+            write(
+                f"decode_{options.method}", options, {"methods": [options.method], "tokens": tokens, "results": results}
+            )
         print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
 
     note("ancestral", measured())
     note("ancestral again", measured(seed=options.seed + 1))
-    common: dict[str, Any] = {"codes": source.codes, "row": source.row}
-    note("jacobi", measured(Sjd(accept="jacobi", **common)))
-    for init in ("random", "repeat_horizon", "sample_horizon"):
-        note(f"sjd, {init}", measured(Sjd(init=init, **common)))
-    for window in (4, 8, 32):
-        note(f"sjd, W = {window}", measured(Sjd(window=window, **common)))
-    for top_k in (1, 10, 100):
-        note(f"sjd, top-k {top_k}", measured(Sjd(**common), timed=False, top_k=top_k))
+    if options.method == "sjd":
+        jacobi = functools.partial(Sjd, codes=source.codes, row=source.row)
+        note("jacobi", measured(jacobi(accept="jacobi")))
+        for init in ("random", "repeat_horizon", "sample_horizon"):
+            note(f"sjd, {init}", measured(jacobi(init=init)))
+        for window in (4, 8, 32):
+            note(f"sjd, W = {window}", measured(jacobi(window=window)))
+        for top_k in (1, 10, 100):
+            note(f"sjd, top-k {top_k}", measured(jacobi(), timed=False, top_k=top_k))
+        return
+    lantern = functools.partial(Lantern, draft=source.draft, codebook=source.codebook, offset=source.codes[0])
     for tree in ("chain", "eagle", "dynamic"):
         for delta in DELTAS:
-            decoder = Lantern(
-                draft=source.draft, codebook=source.codebook, offset=source.codes[0], delta=delta, tree=tree
+            note(
+                f"lantern, {tree}, delta {delta}", measured(lantern(delta=delta, tree=tree), timed=delta in (0.0, 0.1))
             )
-            note(f"lantern, {tree}, delta {delta}", measured(decoder, timed=delta in (0.0, 0.1)))
     for ratio in (2.0, 5.0):
-        decoder = Lantern(draft=source.draft, codebook=source.codebook, offset=source.codes[0], ratio=ratio)
-        note(f"lantern, dynamic, ratio {ratio}", measured(decoder, timed=False))
+        note(f"lantern, dynamic, ratio {ratio}", measured(lantern(ratio=ratio), timed=False))
 
 
 if __name__ == "__main__":
