@@ -1,4 +1,4 @@
-"""Fewer passes for an autoregressive picture: SJD, or LANTERN's accepted length against delta, beside ancestral decoding.
+"""Fewer passes for an autoregressive picture than ancestral decoding has: SJD, or LANTERN and its delta.
 
 On a folder that `foveate train tiny-ar` wrote, or the zoo's, with captions of the test split. Passes are counted for
 each picture, as if it were decoded alone: rows of a batch do not wait for one another. Times are ratios to ancestral
