@@ -2,8 +2,9 @@
 
 `foveate train seit` in all its stages, on one token file for each seed: TokenAdapt; masked token modelling with and
 without TokenAdapt; a classifier on a tenth of the labels, from scratch and from the pre-training, with crops alone,
-with ColorAdapt and Emb-Noise, with TokenAdapt, and with both; linear probes of the pre-trained encoder and of an
-untrained one. What an interrupted run has trained is found again in --out.
+with ColorAdapt and Emb-Noise, with TokenAdapt, and with both, from the pre-training also without the layers' decay of
+the learning rate; linear probes of the pre-trained encoder and of an untrained one. What an interrupted run has
+trained is found again in --out.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ def main() -> None:
         }.items():
             run(f"from scratch, {name}", stage="finetune", tokens=start, **settings)
             run(f"fine-tuned, {name}", stage="finetune", tokens=start, start=start, **settings)
+            run(
+                f"fine-tuned without decay, {name}",
+                stage="finetune",
+                tokens=start,
+                start=start,
+                layer_decay=1.0,
+                **settings,
+            )
         run("fine-tuned twice adapted", stage="finetune", tokens=start, start=adapted, adapt=adapt, **color)
         run("probe", stage="probe", tokens=start, start=start, lr=1e-2)
         nothing = untrained(folder / "untrained", Path(start), seed)
