@@ -77,7 +77,7 @@ def large(slimmed: dict[str, nn.Module], pairs: int, batch: int, seed: int) -> l
     )
     rows = []
     for label, model in slimmed.items():
-        row = {"method": label, **beside(dense, model.eval(), pictures, pairs)}
+        row: dict[str, Any] = {"method": label, **beside(dense, model.eval(), pictures, pairs)}
         tome = tome_at(dense, pictures, row["flops_ratio"], 24)
         rows += [row, {"method": "tome", "r": tome.r, "beside": label, **beside(dense, dense, pictures, pairs, tome)}]
         print(*rows[-2:], sep="\n", flush=True)

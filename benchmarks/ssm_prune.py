@@ -1,10 +1,11 @@
 """ToP on a tiny Vision Mamba: what pruning costs without training and with it, beside peers of the same cost.
 
 A dense model is trained by `foveate train ssm-prune` on scenes. `zero_shot`: that model with each alignment, each
-score, tokens by lot, and pictures of fewer pixels (no pruning; position embeddings resized). `fine_tuned`: each
-alignment, and the dense model, after as many further steps from the same weights. FLOPs are those of one picture; time
-is of batches, beside the dense model, from interleaved pairs. ToMe is not beside: it merges by attention's keys, which
-scans do not have. One thread measures best.
+score, tokens by lot or merged, and pictures of fewer pixels (no pruning; position embeddings resized). `fine_tuned`:
+each alignment, and the dense model, after as many further steps from the same weights. FLOPs are those of one picture;
+time is of batches, beside the dense model, from interleaved pairs. ToMe's matching takes the tokens themselves for
+keys, which scans do not have, and as many of them in the same layers; means of neighbours are the pictures of fewer
+pixels. One thread measures best.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 
 from foveate import train
 from foveate.methods.reduce.ssm_prune import SCORES, SsmPrune
+from foveate.nn.matching import partners
+from foveate.tokens import Tokens
 from foveate.train.fine_tune import average_precision
 
 ALIGNMENTS = ("decay", "copy", "none")
@@ -32,6 +35,28 @@ class ByLot(SsmPrune):
     @torch.no_grad()
     def choose(self, y: Tensor) -> Tensor:
         return super().choose(torch.rand_like(y[..., :1]))
+
+
+class Merged(SsmPrune):
+    """ToMe's matching, on tokens instead of keys: as many patches as would go join those that are most like them, and
+    stand where these stand."""
+
+    def shorten(self, x: Tensor, positions: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        middle, left = x.shape[1] // 2, self.kept(x.shape[1]) - 1
+        patches, own = torch.cat([x[:, :middle], x[:, middle + 1 :]], 1), slice(middle, middle + 1)
+        into = partners(patches, patches.shape[1] - left, "place")
+        merged = Tokens.from_grid(patches, (1, patches.shape[1])).merge(into, groups=left).x
+        places = torch.cat([positions[:, :middle], positions[:, middle + 1 :]], 1)
+        # Groups are numbered by the place of the token that is joined, which is odd, or alone.
+        number = torch.arange(patches.shape[1], device=x.device).expand_as(into)
+        odd_last = number + number % 2 * patches.shape[1]
+        leader = into.new_zeros(len(x), left).scatter_reduce_(1, into, odd_last, "amax") % patches.shape[1]
+        places = places.gather(1, leader)
+        half = left // 2
+        return (
+            torch.cat([merged[:, :half], x[:, own], merged[:, half:]], 1),
+            torch.cat([places[:, :half], positions[:, own], places[:, half:]], 1),
+        )
 
 
 class Smaller(torch.nn.Module):
@@ -106,8 +131,9 @@ def main() -> None:
             if score != "clip":
                 model = SsmPrune.from_pretrained(weights).eval().set_pruning(keep=keep, align="decay", score=score)
                 untrained.append(row("ssm-prune", model, keep=keep, align="decay", score=score))
-        lot = ByLot.from_pretrained(weights).eval().set_pruning(keep=keep, align="decay")
-        untrained.append(row("random", lot, keep=keep, align="decay"))
+        for name, cls in {"random": ByLot, "merged as by ToMe": Merged}.items():
+            model = cls.from_pretrained(weights).eval().set_pruning(keep=keep, align="decay")
+            untrained.append(row(name, model, keep=keep, align="decay"))
     untrained += [row("smaller picture", Smaller(dense, side).eval(), side=side) for side in options.sides]
 
     middle, tuned = sorted(options.keep)[len(options.keep) // 2], []

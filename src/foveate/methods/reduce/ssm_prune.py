@@ -281,11 +281,15 @@ class SsmPrune(Published, nn.Module, PyTorchModelHubMixin, library_name="foveate
             y, scored = mixer.inner(norm(x), where, self.align == "decay")
             x = x + mixer.out_proj(y)
             if number in self.prunes_after and self.kept(x.shape[1]) < x.shape[1]:
-                index = self.choose(y if self.scored == "all" else scored)
-                x, positions = take(x, index), positions.gather(1, index)
+                x, positions = self.shorten(x, positions, y if self.scored == "all" else scored)
                 kept.append(positions)
                 where = self.places(positions)
         return Stages(x, tuple(kept), tuple(counts))
+
+    def shorten(self, x: Tensor, positions: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, K, C) and their original positions (B, K), of (B, N, C), (B, N), and outputs y (B, N, D')."""
+        index = self.choose(y)
+        return take(x, index), positions.gather(1, index)
 
     @torch.no_grad()
     def choose(self, y: Tensor) -> Tensor:
