@@ -1,15 +1,16 @@
 """DToP on per-patch segmentation of test scenes: mean IoU against FLOPs and time, beside peers at the same cost.
 
-Of weights that `foveate train dtop` wrote, for each confidence with and without context tokens: mean IoU
+Of weights that `foveate train dtop` wrote (--weights), for each confidence with and without context tokens: mean IoU
 (torchmetrics), also of the third of the classes that are rarest in these scenes; FLOPs a picture; time to the same
 model without exits, from interleaved pairs over the same pictures, one at a time as in use, and in batches. `random`
 lets as many tokens of each picture finish at each head, but by lot. Beside: ToMe and half the picture's side on the
 zoo's tiny-vit with its own patch head, merged tokens' classes put back on their patches. `flops_by_objects` says how
 cost varies with what is on a picture. One thread measures best.
 
-`share`: ViT-B/16 at 224 x 224, batch 8, random weights, with the confidence at which half of the tokens finish at the
-first head: realised share = (1 - time ratio) / (1 - FLOPs ratio), goal at least 0.95. `to patches` is encoder and
-heads; `to pixels` also brings the scores of 150 classes to the picture's size, as long on both sides and no FLOPs.
+`share`: ViT-B/16 at 224 x 224, batch 8, random weights, with the confidences that the first head has in shares --sure
+of the tokens (which finish there, but for the context tokens of each class): realised share = (1 - time ratio) /
+(1 - FLOPs ratio), goal at least 0.95. Up to the "patches": encoder and heads; up to the "pixels": with the scores of
+150 classes brought to the picture's size, which takes as long on both sides and no FLOPs.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def figures(patches: Patches, pictures: list[Tensor], labels: Tensor, rare: Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="folder of a trained model")
+    parser.add_argument("--weights", type=Path, help="folder of a trained model; without, only `share` is measured")
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7, 0.5])
     parser.add_argument("--tome", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--sure", type=float, nargs="+", default=[0.5, 0.9], help="shares of the tokens, of `share`")
     parser.add_argument("--side", type=int, default=224, help="px, of `share`")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs that count (7)")
@@ -85,6 +87,48 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    with torch.inference_mode():
+        results: dict[str, Any] = {"methods": ["dtop"], "share": realised(options)}
+        if options.weights:
+            results["results"] = quality(options)
+    write(options.name, options, results)
+
+
+def realised(options: argparse.Namespace) -> list[dict[str, Any]]:
+    image = {"img_size": options.side}
+    model = Dtop.named("vit-b-ade20k", confidence=1.0, options=image).eval()
+    pictures = torch.randn(options.batch, 3, options.side, options.side)
+    said, clock = model.stages(pictures), CLOCKS[options.clock]
+    best = model.score(said.masks[0], said.presences[0]).amax(1)
+    runs: dict[str, Callable[[], Any]] = {
+        "patches": lambda: model.patch_scores(model.stages(pictures)),
+        "pixels": lambda: model(pictures),
+    }
+
+    def cost(run: Callable[[], Any], confidence: float) -> tuple[Callable[[], float], int]:
+        def once() -> Any:
+            model.set_exits(confidence=confidence)
+            return run()
+
+        with flop_counter() as counter:
+            once()
+        return lambda: seconds(once, clock=clock), counter.get_total_flops()
+
+    rows: list[dict[str, Any]] = []
+    for sure in options.sure:
+        for up_to, run in runs.items():
+            (dense, before), (exits, after) = cost(run, 1.0), cost(run, float(best.quantile(1 - sure)))
+            timing = interleave(dense, exits, options.pairs)
+            rows.append({
+                "sure": sure, "up_to": up_to, "flops_ratio": after / before, "time_ratio": timing.ratio,
+                "time_low": timing.low, "time_high": timing.high, "dense_seconds": timing.first_seconds,
+                "realised_share": (1 - timing.ratio) / (1 - after / before),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     scenes = [Scenes("test", 0)[i] for i in range(options.scenes)]
     made = [scene_batch([scene]) for scene in scenes]
     pictures = [normalised(one["image"]) for one in made]
@@ -92,48 +136,6 @@ def main() -> None:
     counts = labels.flatten().bincount(minlength=len(CLASSES))
     there = (counts > 0).nonzero().flatten()
     rare = there[counts[there].argsort()][: max(1, len(there) // 3)]
-    with torch.inference_mode():
-        share = realised(options)
-        write(options.name, options, {"share": share, "results": measure(options, pictures, labels, rare, scenes)})
-
-
-def realised(options: argparse.Namespace) -> dict[str, Any]:
-    image = {"img_size": options.side}
-    model = Dtop.named("vit-b-ade20k", confidence=1.0, options=image).eval()
-    pictures = torch.randn(options.batch, 3, options.side, options.side)
-    said = model.stages(pictures)
-    half = float(model.score(said.masks[0], said.presences[0]).amax(1).median())
-
-    def share(run: Callable[[], Any]) -> dict[str, float]:
-        def cost(confidence: float) -> tuple[Callable[[], Any], int]:
-            def once() -> Any:
-                model.set_exits(confidence=confidence)
-                return run()
-
-            with flop_counter() as counter:
-                once()
-            return once, counter.get_total_flops()
-
-        (dense, before), (exits, after) = cost(1.0), cost(half)
-        clock = CLOCKS[options.clock]
-        timing = interleave(lambda: seconds(dense, clock=clock), lambda: seconds(exits, clock=clock), options.pairs)
-        row = {
-            "flops_ratio": after / before, "time_ratio": timing.ratio, "time_low": timing.low,
-            "time_high": timing.high, "dense_seconds": timing.first_seconds,
-            "realised_share": (1 - timing.ratio) / (1 - after / before),
-        }  # fmt: skip
-        print(row, flush=True)
-        return row
-
-    return {
-        "to patches": share(lambda: model.patch_scores(model.stages(pictures))),
-        "to pixels": share(lambda: model(pictures)),
-    }
-
-
-def measure(
-    options: argparse.Namespace, pictures: list[Tensor], labels: Tensor, rare: Tensor, scenes: list[Any]
-) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     clock = CLOCKS[options.clock]
 
