@@ -167,9 +167,8 @@ def main() -> None:
     lantern = functools.partial(Lantern, draft=source.draft, codebook=source.codebook, offset=source.codes[0])
     for tree in ("chain", "eagle", "dynamic"):
         for delta in DELTAS:
-            note(
-                f"lantern, {tree}, delta {delta}", measured(lantern(delta=delta, tree=tree), timed=delta in (0.0, 0.1))
-            )
+            found = measured(lantern(delta=delta, tree=tree), timed=delta in (0.0, 0.1))
+            note(f"lantern, {tree}, delta {delta}", {"delta": delta, **found})
     for ratio in (2.0, 5.0):
         note(f"lantern, dynamic, ratio {ratio}", measured(lantern(ratio=ratio), timed=False))
 
