@@ -3,7 +3,7 @@
 Bytes are those of whole files: code files as `foveate tokenize` writes them, pictures as Pillow does. At a number of
 bytes every codec has, picture by picture, the quality and the size (whole, or a half, a quarter, an eighth of the
 sides, scaled up again by bicubic interpolation) with the best PSNR that fits. Where some picture fits in none, the
-codec has no point.
+codec has no point. `flat`: what a picture of the mean colour has, three bytes.
 
 python benchmarks/rate_distortion.py --tokenizers titok one-d-piece
 """
@@ -130,7 +130,11 @@ def main() -> None:
     size, judge = sizes.pop()[0], Judge()
     crops = Scenes("test", options.seed, size=size, objects=(0, 0))
     originals = stacked(crops[number] for number in range(3 if options.smoke else options.count))
-    results: dict[str, Any] = {"size": size, "tokenizers": {}, "codecs": {}}
+    flat = originals.float().mean((2, 3), keepdim=True).expand(originals.shape) / 255
+    measured = Reconstruction(judge)
+    measured.update(flat, originals)
+    results: dict[str, Any] = {"size": size, "flat": {"bytes": 3, **measured.compute()}, "tokenizers": {}, "codecs": {}}
+    print("flat", results["flat"])
     for name, model in models.items():
         results["tokenizers"][name] = of_tokenizer(name, model, originals, judge)
         print(name, *results["tokenizers"][name], sep="\n  ", flush=True)

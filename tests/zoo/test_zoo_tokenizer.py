@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from foveate import zoo
+from foveate.data.scenes import Scenes, stacked
 from foveate.method import InputError
+from foveate.methods.tokenize.one_d_piece import OneDPiece
 from foveate.methods.tokenize.titok import TiTok
 from foveate.zoo.tokenizer import find_tokenizer, fingerprint, load_tokenizer
 from foveate.zoo.vq import build_vq
@@ -54,3 +58,20 @@ def test_a_grid_of_codes_of_diffusers(tmp_path: Path) -> None:
     assert torch.allclose(loaded.decode(codes), wanted.clamp(0, 1), atol=1e-5)
     with pytest.raises(InputError, match="only a sequence"):
         loaded.decode(codes, tokens=3)
+
+
+@pytest.mark.parametrize("name, cls", [("titok", TiTok), ("one-d-piece", OneDPiece)])
+def test_shipped_tokenizers_keep_what_was_measured(name: str, cls: type[TiTok]) -> None:
+    """Of 60 scenes, where `metrics.json` has 500; those of other ids are further away."""
+    model = zoo.load(name)
+    assert type(model) is cls and not model.training
+    scenes = Scenes("test", 0, size=64)
+    pixels = stacked(scenes[number] for number in range(60)).float() / 255
+    with torch.no_grad():
+        made = model.decode(model.encode(pixels))
+
+    def psnr(other: torch.Tensor) -> float:
+        return float(-10 * (other - pixels).square().mean().log10())
+
+    measured = json.loads((zoo.path(name) / "metrics.json").read_text(encoding="utf-8"))["scenes"]["psnr"]
+    assert psnr(made) == pytest.approx(measured, abs=1) and psnr(made) > psnr(made.roll(1, 0)) + 2

@@ -42,8 +42,8 @@ def load(name: str) -> Any:
     `LlavaOnevisionForConditionalGeneration`, for `evad` an `EvadDetector` (see `zoo/detector.py`), for `tiny-vq` a
     diffusers `VQModel`, for `tiny-ar` and `tiny-ar-draft` a transformers `LlamaForCausalLM` (`zoo/ar.py` loads it with
     what it needs to read captions and to paint), for `tiny-vae` a diffusers `AutoencoderKL`, for `tiny-dit` and
-    `tiny-dit-small` a `LuminaPipeline`, for `tiny-sd` a `StableDiffusionPipeline`. Raises InputError for an unknown
-    name."""
+    `tiny-dit-small` a `LuminaPipeline`, for `tiny-sd` a `StableDiffusionPipeline`, for `titok` and `one-d-piece` the
+    method's own class. Raises InputError for an unknown name."""
     return load_folder(path(name))
 
 
@@ -62,9 +62,12 @@ def load_folder(folder: str | Path) -> Any:
         return auto.from_pretrained(folder, local_files_only=True).eval()
     # Imported on demand, as all models are: names and folders are asked for by commands that load none.
     from foveate.zoo.detector import is_detector, load_detector
+    from foveate.zoo.tokenizer import is_tokenizer, load_tokenizer
 
     if is_detector(config):
         return load_detector(folder)
+    if is_tokenizer(config):
+        return load_tokenizer(folder)
     model = build_vit({key: value for key, value in config.items() if key != "name"})
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
