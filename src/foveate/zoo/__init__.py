@@ -62,11 +62,12 @@ def load_folder(folder: str | Path) -> Any:
         return auto.from_pretrained(folder, local_files_only=True).eval()
     # Imported on demand, as all models are: names and folders are asked for by commands that load none.
     from foveate.zoo.detector import is_detector, load_detector
-    from foveate.zoo.tokenizer import is_tokenizer, load_tokenizer
 
     if is_detector(config):
         return load_detector(folder)
-    if is_tokenizer(config):
+    if "method" in config:
+        from foveate.zoo.tokenizer import load_tokenizer
+
         return load_tokenizer(folder)
     model = build_vit({key: value for key, value in config.items() if key != "name"})
     model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -73,11 +73,6 @@ def find_tokenizer(name: str) -> tuple[str, Path]:
     raise InputError(f"unknown tokenizer {name!r}: neither shipped ({known}), nor a folder here")
 
 
-def is_tokenizer(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is of one of the methods that are tokenizers."""
-    return config.get("method") in _classes()
-
-
 def load_tokenizer(folder: str | Path) -> Any:
     """The `Tokenizer` of a folder with `config.json` and `model.safetensors`, in float32 and eval mode.
 
