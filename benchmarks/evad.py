@@ -10,24 +10,26 @@ best: what is left besides matrix products then weighs what it costs.
 the model's own attention, and the scores from another pass over its queries and keys.
 
 `peak_bytes` is the most that one forward has allocated at a time, above weights and clip.
+
+python benchmarks/evad.py --device cuda --dtype bfloat16 --batch 8 --pairs 20 --result evad_gpu     on an accelerator
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from llava_shaped import write
+from llava_shaped import clock, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from foveate.apply import apply
+from foveate.measure import memory
 from foveate.measure.flops import count_flops
 from foveate.measure.timing import Timing, interleave, seconds
 from foveate.methods.video.evad import CONFIGURATIONS, Evad, EvadDetector
@@ -41,8 +43,9 @@ PARTS = {"encoder": "encode", "locate": "locate", "decoder": "classify"}
 class Parts:
     """Seconds, or FLOPs, of the detector's parts in the last forward. `pyramid` counts as part of `locate`."""
 
-    def __init__(self, detector: EvadDetector) -> None:
+    def __init__(self, detector: EvadDetector, device: str) -> None:
         self.spent: dict[str, float] = {}
+        self._read = clock(device)
         for name, method in PARTS.items():
             setattr(detector, method, self._watched(name, getattr(detector, method)))
         detector.pyramid.forward = self._watched("locate", detector.pyramid.forward)  # type: ignore[method-assign]
@@ -50,27 +53,33 @@ class Parts:
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def watched(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = self._read()
             result = function(*args)
-            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+            self.spent[name] = self.spent.get(name, 0.0) + self._read() - start
             return result
 
         return watched
 
 
 def build(options: argparse.Namespace) -> tuple[EvadDetector, Tensor]:
-    """The detector, and one clip."""
+    """The detector, and clips."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     # Without gradients: the FLOP counter stumbles over parameters that are handed on as they are.
     detector = EvadDetector.named(options.config).eval().requires_grad_(False)
     frames = len(detector.positions) * detector.tubelet
-    return detector, torch.randn(1, 3, frames, options.side, options.side)
+    detector = detector.to(options.device, getattr(torch, options.dtype))
+    clips = torch.randn(options.batch, 3, frames, options.side, options.side)
+    return detector, clips.to(options.device, detector.mask_token.dtype)
 
 
 def peak_bytes(detector: EvadDetector, clip: Tensor, setting: dict[str, float]) -> int:
     """Most bytes that one forward has allocated at a time, of what PyTorch allocates: tensors, scratch of kernels."""
     detector.set_dropout(**setting)
+    if clip.is_cuda:
+        with torch.no_grad():
+            detector(clip)
+            return memory.peak_bytes(lambda: detector(clip), clip.device) or 0
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         detector(clip)
     events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
@@ -88,7 +97,7 @@ def timed(detector: EvadDetector, clip: Tensor, parts: Parts, setting: dict[str,
     def once(name: str, dropout: dict[str, float]) -> float:
         detector.set_dropout(**dropout)
         parts.spent = {}
-        spent = seconds(run)
+        spent = seconds(run, clip.device)
         passed[name].append(dict(parts.spent))
         return spent
 
@@ -108,10 +117,10 @@ def timed(detector: EvadDetector, clip: Tensor, parts: Parts, setting: dict[str,
     }  # fmt: skip
 
 
-def applied(options: argparse.Namespace, setting: dict[str, float]) -> dict[str, Any]:
+def applied(options: argparse.Namespace, clip: Tensor, setting: dict[str, float]) -> dict[str, Any]:
     """Times of a VideoMAE without and with the method, in pairs."""
     model = EvadDetector.named(options.config, image=options.side).backbone.eval().requires_grad_(False)
-    clip = torch.randn(1, model.config.num_frames, 3, options.side, options.side)
+    model, clip = model.to(clip.device, clip.dtype), clip.transpose(1, 2)
 
     def run() -> None:
         model(clip)
@@ -124,7 +133,9 @@ def applied(options: argparse.Namespace, setting: dict[str, float]) -> dict[str,
         return apply(model, Evad(**setting))
 
     timing = interleave(
-        lambda: once(nullcontext(), lambda: seconds(run)), lambda: once(method(), lambda: seconds(run)), options.pairs
+        lambda: once(nullcontext(), lambda: seconds(run, clip.device)),
+        lambda: once(method(), lambda: seconds(run, clip.device)),
+        options.pairs,
     )
     return summary(timing, count_flops(run), once(method(), lambda: count_flops(run)))
 
@@ -145,20 +156,24 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=288, help="px of a frame (288)")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs, after one that does not count (5)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=1, help="clips (1)")
+    parser.add_argument("--result", default="evad", help="name of the JSON file (evad)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     detector, clip = build(options)
     dense_peak = peak_bytes(detector, clip, DENSE)
     peaks = [peak_bytes(detector, clip, setting) for setting in SETTINGS]
-    parts = Parts(detector)
+    parts = Parts(detector, options.device)
     results = []
     for setting, peak in zip(SETTINGS, peaks):
         row = timed(detector, clip, parts, setting, options.pairs)
         row["peak_bytes"] = {"dense": dense_peak, "dropped": peak}
-        row["videomae"] = applied(options, setting)
+        row["videomae"] = applied(options, clip, setting)
         results.append(row)
         print(row)
-    write("evad", options, {"goal": "realised_share >= 0.95", "results": results})
+    write(options.result, options, {"goal": "realised_share >= 0.95", "results": results})
 
 
 if __name__ == "__main__":

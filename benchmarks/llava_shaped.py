@@ -61,7 +61,9 @@ def build(options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
         ),
         image_token_id=_PLACEHOLDER, vision_feature_layer=-2,
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval().to(options.device, getattr(torch, options.dtype))
+    # Made where it will be: seven billion random numbers take a CPU minutes.
+    with torch.device(options.device):
+        model = LlavaForConditionalGeneration(config).eval().to(getattr(torch, options.dtype))
     words = torch.randint(_PLACEHOLDER + 1, 1000, (options.text,))
     ids = torch.cat([torch.full((visual,), _PLACEHOLDER), words]).unsqueeze(0).to(options.device)
     pixels = torch.randn(1, 3, 14 * options.grid, 14 * options.grid).to(options.device, model.dtype)

@@ -18,7 +18,7 @@ from foveate.nn.sparse_rcnn import (
     box_losses,
     look,
     match,
-    match_all,
+    matching_costs,
     moved,
 )
 
@@ -113,27 +113,41 @@ def random_boxes(count: int, seed: int) -> Tensor:
     return torch.cat([corner, corner + 5 + noise(count, 2, seed=seed + 1).abs() * 20], 1)
 
 
+def cost_of(logits: Tensor, boxes: Tensor, truth: Tensor, p: int, a: int) -> float:
+    """Of one pair in a picture of 80 x 60 px."""
+    person, scale = logits.softmax(-1)[p, 0], torch.tensor([80.0, 60, 80, 60])
+    return float(-2 * person + 5 * ((boxes[p] - truth[a]) / scale).abs().sum()) - 2 * overlap(boxes[p], truth[a])
+
+
 def test_the_cheapest_of_all_assignments_is_found() -> None:
-    logits, boxes, truth, size = noise(5, 2), random_boxes(5, 1), random_boxes(3, 5), torch.tensor([60, 80])
-    person = logits.softmax(-1)[:, 0]
+    logits, size = noise(3, 5, 2), torch.tensor([[60, 80]]).expand(3, -1)
+    boxes, truth = (torch.stack([random_boxes(n, seed + b) for b in range(3)]) for n, seed in ((5, 1), (3, 50)))
+    present = torch.tensor([[True, True, True], [False, False, False], [True, False, True]])
+    matched = match(logits, boxes, truth, present, size)
+    costs = matching_costs(logits, boxes, truth, size)
+    for b in range(3):
+        there = present[b].nonzero().squeeze(1).tolist()
+        wanted = [[cost_of(logits[b], boxes[b], truth[b], p, a) for a in range(3)] for p in range(5)]
+        torch.testing.assert_close(costs[b], torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+        orders = itertools.permutations(range(5), len(there))
+        cheapest = min(orders, key=lambda some: sum(wanted[p][a] for a, p in zip(there, some)))
+        mine = matched.picture == b
+        found = sorted(zip(matched.target[mine].tolist(), matched.proposal[mine].tolist()))
+        assert found == list(zip(there, cheapest))
 
-    def cost(p: int, a: int) -> float:
-        scale = torch.tensor([80.0, 60, 80, 60])
-        return float(-2 * person[p] + 5 * ((boxes[p] - truth[a]) / scale).abs().sum()) - 2 * overlap(boxes[p], truth[a])
 
-    cheapest = min(itertools.permutations(range(5), 3), key=lambda some: sum(cost(p, a) for a, p in enumerate(some)))
-    proposal, target = match(logits, boxes, truth, size)
-    assert sorted(zip(target.tolist(), proposal.tolist())) == list(enumerate(cheapest))
-    present = torch.tensor([[True, False, True], [False, False, False]])
-    twice = [one.expand(2, -1, -1) for one in (logits, boxes, truth)]
-    both = match_all(*twice, present, size.expand(2, -1))
-    assert both.picture.tolist() == [0, 0] and sorted(both.target.tolist()) == [0, 2]
+def test_more_boxes_than_proposals_and_none_at_all() -> None:
+    logits, boxes, size = noise(2, 2, 2), random_boxes(4, 1).view(2, 2, 4), torch.tensor([[60, 80]]).expand(2, -1)
+    truth = random_boxes(6, 9).view(2, 3, 4)
+    matched = match(logits, boxes, truth, torch.ones(2, 3, dtype=torch.bool), size)
+    assert matched.picture.tolist() == [0, 0, 1, 1] and sorted(matched.proposal[:2].tolist()) == [0, 1]
+    assert match(logits, boxes, truth[:, :0], torch.ones(2, 0, dtype=torch.bool), size).picture.tolist() == []
 
 
 def test_losses() -> None:
     logits, boxes = noise(1, 4, 2), random_boxes(4, 1).unsqueeze(0)
     truth, size = random_boxes(2, 7).unsqueeze(0), torch.tensor([[60, 80]])
-    matched = match_all(logits, boxes, truth, torch.ones(1, 2, dtype=torch.bool), size)
+    matched = match(logits, boxes, truth, torch.ones(1, 2, dtype=torch.bool), size)
     parts = box_losses(logits, boxes, truth, size, matched)
     chance = logits[0].log_softmax(-1)
     hits = dict(zip(matched.proposal.tolist(), matched.target.tolist()))

@@ -149,23 +149,19 @@ def look(levels: Sequence[Tensor], boxes: Tensor, finest: float) -> Tensor:
     return seen.flatten(2).transpose(1, 2).unflatten(0, (batch, count))
 
 
-def match(logits: Tensor, boxes: Tensor, truth: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest one-to-one assignment of true boxes (A, 4) to proposals: logits (P, 2), boxes (P, 4).
-
-    Cost: 2 (-p(person)) + 5 L1(boxes / size) + 2 (-GIoU), size (2,) being height and width. Returns the indices of
-    min(P, A) proposals and of their boxes.
-    """
-    from scipy.optimize import linear_sum_assignment
+def matching_costs(logits: Tensor, boxes: Tensor, truth: Tensor, size: Tensor) -> Tensor:
+    """(B, P, A) what it costs to match: logits (B, P, 2), boxes (B, P, 4), true boxes (B, A, 4), size (B, 2) of height
+    and width: 2 (-p(person)) + 5 L1(boxes / size) + 2 (-GIoU)."""
     from torchvision.ops import generalized_box_iou
 
-    with torch.no_grad():
-        scale = size.flip(0).repeat(2).float()
-        boxes, truth = boxes.float(), truth.float()
-        cost = -2 * logits.float().softmax(-1)[:, :1]
-        cost = cost + 5 * torch.cdist(boxes / scale, truth / scale, p=1) - 2 * generalized_box_iou(boxes, truth)
-        # A run that diverges must reach its loss, which says so.
-        rows, columns = linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())
-    return torch.as_tensor(rows, device=boxes.device), torch.as_tensor(columns, device=boxes.device)
+    pictures, proposals, wanted = *boxes.shape[:2], truth.shape[1]
+    boxes, truth = boxes.float(), truth.float()
+    scale = size.flip(1).repeat(1, 2).float().unsqueeze(1)
+    # All pictures at once: a launch for each of them would be most of a training step's time on an accelerator.
+    overlap = generalized_box_iou(boxes.flatten(0, 1), truth.flatten(0, 1))
+    overlap = overlap.view(pictures, proposals, pictures, wanted).diagonal(dim1=0, dim2=2).movedim(2, 0)
+    cost = -2 * logits.float().softmax(-1)[..., :1]
+    return cost + 5 * torch.cdist(boxes / scale, truth / scale, p=1) - 2 * overlap
 
 
 class Matched(NamedTuple):
@@ -176,14 +172,20 @@ class Matched(NamedTuple):
     target: Tensor
 
 
-def match_all(logits: Tensor, boxes: Tensor, truth: Tensor, present: Tensor, size: Tensor) -> Matched:
-    """`match` for B pictures: (B, P, 2), (B, P, 4), truth (B, A, 4), of which those `present` (B, A) count."""
-    pairs = []
-    for b in range(len(logits)):
-        there = present[b].nonzero().squeeze(1)
-        proposal, target = match(logits[b], boxes[b], truth[b, there], size[b])
-        pairs.append(torch.stack([torch.full_like(proposal, b), proposal, there[target]]))
-    return Matched(*torch.cat(pairs, 1))
+def match(logits: Tensor, boxes: Tensor, truth: Tensor, present: Tensor, size: Tensor) -> Matched:
+    """The cheapest one-to-one assignment of true boxes to proposals in each picture, see `matching_costs`; of the true
+    boxes those `present` (B, A) count. A picture with A of them and P proposals has min(P, A) pairs."""
+    from scipy.optimize import linear_sum_assignment
+
+    with torch.no_grad():
+        # A run that diverges must reach its loss, which says so.
+        costs = matching_costs(logits, boxes, truth, size).nan_to_num(1e6, 1e6, -1e6).cpu()
+    pairs = [torch.zeros(3, 0, dtype=torch.long)]
+    for b, (cost, there) in enumerate(zip(costs, present.cpu())):
+        place = there.nonzero().squeeze(1)
+        rows, columns = map(torch.as_tensor, linear_sum_assignment(cost[:, place].numpy()))
+        pairs.append(torch.stack([torch.full_like(rows, b), rows, place[columns]]))
+    return Matched(*torch.cat(pairs, 1).to(logits.device))
 
 
 def box_losses(logits: Tensor, boxes: Tensor, truth: Tensor, size: Tensor, matched: Matched) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ class EvadRecipe(Recipe):
         changes |= {name: value for name in ("hidden", "layers", "heads") if (value := getattr(settings, name))}
         if settings.layers:
             changes["levels"] = tuple(settings.layers * (k + 1) // 4 - 1 for k in range(4))
+            changes["drops"] = (0.25, 0.5, 0.75)
         self.detector = EvadDetector.named(settings.config, **changes).train()
         if settings.start:
             try:

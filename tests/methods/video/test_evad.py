@@ -447,8 +447,14 @@ def test_the_loss_is_the_mean_of_all_weighted_terms_and_reaches_every_weight() -
     for person, moved in zip(found.person, found.boxes):
         pairs = []
         for b, number in enumerate((2, 1)):
-            proposal, target = match(person[b], moved[b], boxes[b, :number], found.size[b])
-            pairs += [(b, int(p), int(k)) for p, k in zip(proposal, target)]
+            matched = match(
+                person[b : b + 1],
+                moved[b : b + 1],
+                boxes[b : b + 1],
+                torch.arange(2).unsqueeze(0) < number,
+                found.size[b : b + 1],
+            )
+            pairs += [(b, int(p), int(k)) for p, k in zip(matched.proposal, matched.target)]
         chance = person.log_softmax(-1)
         total = weight = l1 = giou = torch.zeros(())
         for b in range(2):

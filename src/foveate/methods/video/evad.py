@@ -30,7 +30,7 @@ from foveate.method import (
     whole,
     within,
 )
-from foveate.nn.sparse_rcnn import FeaturePyramid, ProposalHead, Proposals, box_losses, look, match_all
+from foveate.nn.sparse_rcnn import FeaturePyramid, ProposalHead, Proposals, box_losses, look, match
 from foveate.tokens import Tokens, take
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "image": 96, "frames": 8, "patch": 8, "hidden": 128, "layers": 6, "heads": 4, "levels": (1, 2, 4, 5),
-        "drop_path": 0.0, "channels": 64, "dynamic": 16, "feedforward": 256, "proposals": 12, "stages": 3,
+        "drops": (2, 3, 5), "drop_path": 0.0, "channels": 64, "dynamic": 16, "feedforward": 256, "proposals": 12,
+        "stages": 3,
         "decoder_hidden": 96, "decoder_layers": 3, "decoder_heads": 3, "decoder_drop_path": 0.0, "classifier": 256,
         "classes": 12,
     },
@@ -567,7 +568,7 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         """
         terms: list[Tensor] = []
         for person, moved in zip(found.person, found.boxes):
-            matched = match_all(person, moved, boxes, present, found.size)
+            matched = match(person, moved, boxes, present, found.size)
             parts = box_losses(person, moved, boxes, found.size, matched)
             terms += [2 * parts["person"], 5 * parts["l1"], 2 * parts["giou"]]
         wanted = labels[matched.picture, matched.target].to(found.actions.dtype)
