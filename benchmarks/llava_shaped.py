@@ -35,6 +35,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--vision-layers", type=int, default=6)
     parser.add_argument("--grid", type=int, default=24, help="rows and columns of patches")
     parser.add_argument("--text", type=int, default=64, help="text tokens")
+    parser.add_argument("--batch", type=int, default=1, help="pictures, each with its text")
     parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -44,7 +45,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def build(options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    """The model and a prefill of batch 1: grid x grid visual tokens, then text."""
+    """The model and a prefill: grid x grid visual tokens, then text."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     heads = max(1, options.width // 64), max(1, options.vision_width // 64)
@@ -66,7 +67,8 @@ def build(options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
         model = LlavaForConditionalGeneration(config).eval().to(getattr(torch, options.dtype))
     words = torch.randint(_PLACEHOLDER + 1, 1000, (options.text,))
     ids = torch.cat([torch.full((visual,), _PLACEHOLDER), words]).unsqueeze(0).to(options.device)
-    pixels = torch.randn(1, 3, 14 * options.grid, 14 * options.grid).to(options.device, model.dtype)
+    ids = ids.expand(options.batch, -1)
+    pixels = torch.randn(options.batch, 3, 14 * options.grid, 14 * options.grid).to(options.device, model.dtype)
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 

@@ -21,7 +21,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -340,6 +340,10 @@ class Method(Published):
     def acts_at(self, host: HostShape) -> tuple[str, ...]:
         """The stages this instance uses; by default all that it has handlers for."""
         return tuple(self.handlers())
+
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int] | None:
+        """The layers at which the handler of a stage that every layer has is called, counted from 0; None for all."""
+        return None
 
     def hyperparameters(self) -> dict[str, Any]:
         """name -> value, as given to the constructor."""

@@ -8,6 +8,7 @@ Shapes: B samples (or crops, at the vision stages), N tokens, M source patches, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +65,7 @@ class Tokens:
         source = torch.arange(count, device=x.device).expand(batch, count)
         return cls(x, position.expand(batch, count, 3), torch.ones_like(source), source)
 
-    @property
+    @functools.cached_property
     def count(self) -> Tensor:
         """(B,) long: valid tokens of each sample."""
         if self.valid is None:
@@ -81,10 +82,11 @@ class Tokens:
         """The same tokens with other features (B, N, any C)."""
         return replace(self, x=x)
 
-    def keep(self, index: Tensor) -> Tokens:
+    def keep(self, index: Tensor, full: bool = False) -> Tokens:
         """Keeps the tokens at `index` (B, K) long, in that order; the others are dropped.
 
-        -1 marks "no token": a sample that keeps fewer than K. An index must not repeat within a sample.
+        -1 marks "no token": a sample that keeps fewer than K. `full` promises that there is none; then no number is
+        read off the device. An index must not repeat within a sample.
         """
         filled = index.clamp(min=0)
         present = index >= 0
@@ -95,7 +97,7 @@ class Tokens:
         rank.scatter_(1, torch.where(present, index, self.x.shape[1]), slots)
         rank[:, -1] = DROPPED
         valid = None if self.valid is None else self.valid.gather(1, filled)
-        if not bool(present.all()):
+        if not full and not bool(present.all()):
             valid = present if valid is None else valid & present
         return Tokens(
             x=take(self.x, filled),
@@ -105,41 +107,42 @@ class Tokens:
             valid=valid,
         )
 
-    def merge(self, into: Tensor, weight: Tensor | None = None, groups: int | None = None) -> Tokens:
+    def merge(
+        self, into: Tensor, weight: Tensor | None = None, groups: int | None = None, full: bool = False
+    ) -> Tokens:
         """Averages tokens in groups: token j goes into group `into[b, j]` (B, N), -1 drops it.
 
         Args:
             into: (B, N) long in -1..G-1. Tokens that are not valid are left out whatever it says.
             weight: (B, N) float > 0, None for a plain mean; pass `size` for ToMe's proportional mean.
             groups: G; read from `into` if None.
+            full: promises that no group is empty: with it and `groups`, no number is read off the device.
         """
-        batch, count = self.x.shape[:2]
+        batch, count, width = self.x.shape
         # Sums of many bf16 values need more digits than bf16 has.
         exact = torch.promote_types(self.x.dtype, torch.float32)
         into = into if self.valid is None else torch.where(self.valid, into, DROPPED)
         groups = int(into.max()) + 1 if groups is None else groups
-        share = (into >= 0).to(exact) if weight is None else weight.to(exact) * (into >= 0)
-        # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
-        target = (into.clamp(min=0) + groups * torch.arange(batch, device=into.device).unsqueeze(1)).reshape(-1, 1)
-
-        def total(values: Tensor) -> Tensor:
-            rows = values.flatten(0, 1)
-            out = rows.new_zeros(batch * groups, rows.shape[1])
-            return out.scatter_add(0, target.expand_as(rows), rows).unflatten(0, (batch, groups))
-
-        mass = total(share.unsqueeze(-1)).clamp(min=torch.finfo(exact).tiny)
-        patches = self.size * (into >= 0)
-        size = total(patches.unsqueeze(-1)).squeeze(-1)
-        position = total(self.position * patches.unsqueeze(-1)) / size.clamp(min=1).unsqueeze(-1)
-        members = total((into >= 0).long().unsqueeze(-1)).squeeze(-1)
+        member = (into >= 0).to(exact).unsqueeze(-1)
+        share = member if weight is None else weight.to(exact).unsqueeze(-1) * member
+        patches = self.size.to(exact).unsqueeze(-1) * member
+        # All sums at once, and samples one after the other: sums of whole rows are several times as fast as over a
+        # batch axis.
+        rows = torch.cat([self.x * share, share, patches, self.position * patches, member], -1).flatten(0, 1)
+        into_row = into.clamp(min=0)
+        if batch > 1:
+            into_row = into_row + groups * torch.arange(batch, device=into.device).unsqueeze(1)
+        total = rows.new_zeros(batch * groups, rows.shape[1])
+        total = total.scatter_add(0, into_row.view(-1, 1).expand_as(rows), rows).unflatten(0, (batch, groups))
+        x, mass, size, position, members = total.split((width, 1, 1, 3, 1), -1)
         moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
-        valid = members > 0
+        valid = None if full else members.squeeze(-1) > 0
         return Tokens(
-            x=(total(self.x.to(exact) * share.unsqueeze(-1)) / mass).to(self.x.dtype),
-            position=position,
-            size=size,
+            x=(x / mass.clamp(min=torch.finfo(exact).tiny)).to(self.x.dtype),
+            position=(position / size.clamp(min=1)).to(self.position.dtype),
+            size=size.squeeze(-1).long(),
             source=moved.gather(1, self.source % (count + 1)),
-            valid=None if bool(valid.all()) else valid,
+            valid=None if valid is None or bool(valid.all()) else valid,
         )
 
     def mix(self, weights: Tensor) -> Tokens:
@@ -191,14 +194,21 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     """(B, K, D): rows `index` (B, K) of `states` (B, S, D); -1 takes row 0."""
     batch, length = states.shape[:2]
     # Copying whole rows is ten times as fast as a gather with the index spread over D.
-    rows = index.clamp(min=0) + length * torch.arange(batch, device=index.device).unsqueeze(1)
+    rows = index.clamp(min=0)
+    if batch > 1:
+        rows = rows + length * torch.arange(batch, device=index.device).unsqueeze(1)
     return states.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
 
 
 def put(states: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """`states` (B, S, D) with `values` (B, K, D) at the rows `index` (B, K), which must not repeat; -1 puts nowhere."""
-    batch, column = (index >= 0).nonzero(as_tuple=True)
-    return states.index_put((batch, index[batch, column]), values[batch, column].to(states.dtype))
+    batch, length, width = states.shape
+    first = length * torch.arange(batch, device=index.device).unsqueeze(1)
+    # The extra row takes what is put nowhere.
+    rows = torch.where(index >= 0, index + first, batch * length)
+    room = torch.cat([states.flatten(0, 1), states.new_zeros(1, width)])
+    room.index_copy_(0, rows.flatten(), values.flatten(0, 1).to(states.dtype))
+    return room[:-1].unflatten(0, (batch, length))
 
 
 def predecessors(before: Tokens, after: Tokens) -> Tensor:
@@ -208,6 +218,8 @@ def predecessors(before: Tokens, after: Tokens) -> Tensor:
     """
     batch, patches = after.source.shape
     count = after.x.shape[1]
+    if before.source is after.source:
+        return torch.arange(count, device=after.source.device).expand(batch, -1)
     number = torch.arange(patches, device=after.source.device).expand(batch, -1)
     first = number.new_full((batch, count + 1), patches)
     first.scatter_reduce_(1, after.source % (count + 1), number, "amin")
@@ -218,10 +230,18 @@ def predecessors(before: Tokens, after: Tokens) -> Tensor:
 
 def compact(chosen: Tensor) -> Tensor:
     """Indices (B, K) of the True entries of `chosen` (B, N), ascending, -1 where a sample has fewer than K."""
+    return compacted(chosen)[0]
+
+
+def compacted(chosen: Tensor) -> tuple[Tensor, bool]:
+    """As `compact`, and whether every sample has K."""
     count = chosen.sum(1)
-    width = int(count.max())
-    order = torch.sort((~chosen).to(torch.uint8), dim=1, stable=True).indices[:, :width]
-    return torch.where(torch.arange(width, device=chosen.device) < count.unsqueeze(1), order, DROPPED)
+    # One look at numbers on the device: each makes the model wait.
+    least, most = torch.stack(count.aminmax()).tolist()
+    order = torch.sort((~chosen).to(torch.uint8), dim=1, stable=True).indices[:, :most]
+    if least == most:
+        return order, True
+    return torch.where(torch.arange(most, device=chosen.device) < count.unsqueeze(1), order, DROPPED), False
 
 
 def topk_in_order(score: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -23,15 +24,36 @@ class Record:
     Attributes:
         stage: "vision.output", "llm.layer[8]", …, or "llm.input" for what entered the language model.
         method: slug of the method that acted, "" for "llm.input".
-        tokens_in, tokens_out: visual tokens of each sample (of each crop at the vision stages).
+        entered, left: (B,) visual tokens of each sample (of each crop at the vision stages) before and after.
         source: (B, M) long, the token that carries each source patch after the stage, -1 where none does.
     """
 
     stage: str
     method: str
-    tokens_in: tuple[int, ...]
-    tokens_out: tuple[int, ...]
+    entered: tuple[int, ...] | Tensor
+    left: tuple[int, ...] | Tensor
     source: Tensor
+
+    # Numbers are read off a device when somebody asks for them, never while the model runs.
+
+    @functools.cached_property
+    def tokens_in(self) -> tuple[int, ...]:
+        """`entered` as numbers."""
+        return _numbers(self.entered)
+
+    @functools.cached_property
+    def tokens_out(self) -> tuple[int, ...]:
+        """`left` as numbers."""
+        return _numbers(self.left)
+
+
+def _numbers(counts: tuple[int, ...] | Tensor) -> tuple[int, ...]:
+    return tuple(counts.tolist()) if isinstance(counts, Tensor) else counts
+
+
+def _counts(tokens: Tokens) -> tuple[int, ...] | Tensor:
+    batch, count = tokens.x.shape[:2]
+    return (count,) * batch if tokens.valid is None else tokens.count
 
 
 _IN_USE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -71,6 +93,13 @@ class Host:
     def hook(self) -> None:
         """Registers the hooks that `self.plan` needs."""
         raise NotImplementedError
+
+    def acting(self, stage: str, layers: int) -> frozenset[int]:
+        """Those of `layers` layers at which the plan has a method for `stage` that wants to be called."""
+        if stage not in self.plan:
+            return frozenset()
+        named = self.plan[stage].layers_at(stage, self.shape)
+        return frozenset(range(layers) if named is None else named)
 
     def remove(self) -> None:
         """Takes everything off; calling it again does nothing."""
@@ -123,8 +152,7 @@ class Host:
         return result
 
     def record(self, label: str, slug: str, before: Tokens, after: Tokens) -> None:
-        tokens_in, tokens_out = before.count.tolist(), after.count.tolist()
-        self.trace.append(Record(label, slug, tuple(tokens_in), tuple(tokens_out), after.source.detach()))
+        self.trace.append(Record(label, slug, _counts(before), _counts(after), after.source.detach()))
 
 
 def split_read(name: str) -> tuple[str, int]:
@@ -138,9 +166,18 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return by_name(module.forward, args, kwargs)
 
 
+@functools.lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Of a class's function, called as a method. Kept: looking it up anew in every layer takes time."""
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same of a call of any function."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
+    method = getattr(function, "__func__", None)
+    signature = inspect.signature(function) if method is None else _signature(method)
+    bound = signature.bind(*args, **kwargs)
     arguments = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from foveate.hosts.host import Host, Record, named, split_read
-from foveate.hosts.sequence import Prefill, Remembered, Sequence, deal, reslot, shorten
+from foveate.hosts.sequence import Prefill, Remembered, Sequence, deal, marked, reslot, shorten
 from foveate.hosts.signals import LanguageSignals
 from foveate.hosts.taps import Tap, tap_transformers
 from foveate.method import InputError
@@ -71,6 +71,8 @@ class _Inputs:
 
     visual: Tensor
     """(B, S) long: 0 for text, k for placeholders of the k-th modality, counted from 1."""
+    visual_cpu: Tensor
+    """The same where numbers can be read; copied before the encoder begins, when nobody has to wait for it."""
     labels: Tensor | None
     images: dict[str, list[EncodedImage]]
     embeds: Tensor | None = None
@@ -111,6 +113,7 @@ class VisionLanguageHost(Host):
         self._cache: Any = None
         self._late_mask: Tensor | None = None
         self._given_positions: Tensor | None = None
+        self._pruned: frozenset[int] = frozenset()
         self._new = 0
         self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
 
@@ -147,13 +150,15 @@ class VisionLanguageHost(Host):
         self.pre(self.inner, self._note_inputs)
         self.hook_vision(reads["vision"])
         self.pre(self.language, self._enter_language)
-        edits = "llm.attention" in self.plan
+        acting = {stage: self.acting(stage, self.depth) for stage in self.language_stages}
+        self._pruned = acting["llm.decode"]
         for index, layer in enumerate(self.language.layers):
-            self.pre(layer, self._layer_hook(index))
+            self.pre(layer, self._layer_hook(index, index in acting["llm.layer"]))
+            edits = index in acting["llm.attention"]
             if edits or index in reads["llm"]:
                 around = functools.partial(self._around_attention, index) if edits else None
                 self._taps[index] = tap_transformers(self, layer.self_attn, around)
-            if "llm.mlp" in self.plan:
+            if index in acting["llm.mlp"]:
                 self.replace(layer.mlp, "forward", functools.partial(self._around_mlp, index, layer.mlp.forward))
         self.post(self.language, self._leave_language)
         # Without the cache every step of generate is a forward over prompt and answer; methods must still decide by
@@ -197,10 +202,11 @@ class VisionLanguageHost(Host):
         if self._prompt is not None and (embeds if ids is None else ids).shape[1] < self._prompt:
             raise InputError("a prompt with pictures must be prefilled in one piece; leave prefill_chunk_size out")
         visual = self._placeholders(ids, embeds)
-        if not bool(visual.any()):
+        visual_cpu = visual.cpu()
+        if not bool(visual_cpu.any()):
             raise InputError("there is a picture but no image token in the prompt")
         self.encoded = {}
-        self._inputs = _Inputs(visual, labels, self.encoded)
+        self._inputs = _Inputs(visual, visual_cpu, labels, self.encoded)
         for name, encoded in outputs.items():
             if encoded is None:
                 continue
@@ -236,7 +242,7 @@ class VisionLanguageHost(Host):
         is no patch (newlines, a class token that the model keeps). `self.marks` are laid out alike.
         """
         assert self._inputs is not None
-        visual = self._inputs.visual.cpu()
+        visual = self._inputs.visual_cpu
         upcoming = [iter(self._inputs.images.get(name, ())) for name in self.modalities]
         names = {name for images in self._inputs.images.values() for image in images for name in image.marks}
         wheres, spots, sources, counts = [], [], [], []
@@ -267,21 +273,20 @@ class VisionLanguageHost(Host):
                 rows.append(torch.cat([torch.zeros(0), *(image.marks[name].float().cpu() for image in mine)]))
         device = embeds.device
         pad = nn.utils.rnn.pad_sequence
-        where = pad(wheres, batch_first=True, padding_value=DROPPED).to(device)
-        source = pad(sources, batch_first=True, padding_value=DROPPED).to(device)
+        where = pad(wheres, batch_first=True, padding_value=DROPPED)
+        source = pad(sources, batch_first=True, padding_value=DROPPED)
         longest = source.shape[1]
         self.marks = {
             name: nn.functional.pad(pad(rows, batch_first=True), (0, longest))[:, :longest].to(device)
             for name, rows in marks.items()
         }
         most = where.shape[1]
-        size = torch.zeros(where.shape[0], most + 1, dtype=torch.long, device=device)
+        size = torch.zeros(where.shape[0], most + 1, dtype=torch.long)
         size.scatter_add_(1, source % (most + 1), torch.ones_like(source))
-        present = where >= 0
-        tokens = Tokens(
-            take(embeds, where), pad(spots, batch_first=True).to(device), size[:, :most], source,
-            None if bool(present.all()) else present,
-        )  # fmt: skip
+        present = None if bool((where >= 0).all()) else (where >= 0).to(device)
+        where, source = where.to(device), source.to(device)
+        spot = pad(spots, batch_first=True).to(device)
+        tokens = Tokens(take(embeds, where), spot, size[:, :most].to(device), source, present)
         return tokens, where, torch.tensor(counts, device=device)
 
     def _enter_language(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -322,22 +327,19 @@ class VisionLanguageHost(Host):
         present = torch.ones_like(number, dtype=torch.bool) if mask is None else mask.bool()
         index = torch.where(present, number, DROPPED)
         end = torch.where(present, positions[-3:], -1).amax((0, 2)) + 1
-        whole = Sequence(index, None if bool(present.all()) else present, positions, end, tokens, where, patches)
         # Slots that lost their token leave the sequence; so does the padding, which is laid anew.
-        gone = self._inputs.visual.to(embeds.device) > 0
-        keep_slot = torch.zeros_like(gone)
-        filled = where >= 0
-        keep_slot[filled.nonzero(as_tuple=True)[0], where[filled]] = True
-        dropped = gone & ~keep_slot
+        dropped = (self._inputs.visual.to(embeds.device) > 0) & ~marked(where, length)
+        full, shorter = torch.stack([present.all(), dropped.any()]).tolist()
+        whole = Sequence(index, None if full else present, positions, end, tokens, where, patches)
         self.record("llm.input", "", tokens, tokens)
-        if not bool(dropped.any()):
+        if not shorter:
             self.sequence = self._entry = whole
             self._shortened = False
             return None
         self._shortened = True
         # A prompt that is shorter from the start is numbered like any other; see Method.renumbers.
         sequence, order = shorten(whole, present & ~dropped, renumber=True)
-        sequence = replace(sequence, slots=reslot(order, where))
+        sequence = replace(sequence, slots=reslot(order, where, length))
         self.sequence = self._entry = sequence
         given["inputs_embeds"] = take(embeds, order)
         given["attention_mask"] = sequence.seen
@@ -346,22 +348,23 @@ class VisionLanguageHost(Host):
 
     # -- layers
 
-    def _layer_hook(self, index: int) -> Any:
+    def _layer_hook(self, index: int, acts: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if self._past is not None:
                 return self._decode_layer(index, args, kwargs)
             if self.sequence is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
-            if "llm.layer" in self.plan:
+            if acts:
                 changed = self._shrink(index, hidden, kwargs)
                 if changed is not None:
                     hidden = changed
             self._ran.append(self.sequence)
-            kwargs = dict(kwargs)
             if self._masks is not None:
                 mask, embeddings, positions = self._masks
-                kwargs.update(attention_mask=mask, position_embeddings=embeddings, position_ids=positions)
+                kwargs = {
+                    **kwargs, "attention_mask": mask, "position_embeddings": embeddings, "position_ids": positions
+                }  # fmt: skip
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
@@ -398,18 +401,14 @@ class VisionLanguageHost(Host):
         slot = torch.where(came_from >= 0, sequence.slots.gather(1, came_from.clamp(min=0)), DROPPED)
         if len(sequence.positions) == 1:
             slot = deal(slot)
-        keep = sequence.present.clone()
-        filled = sequence.slots >= 0
-        keep[filled.nonzero(as_tuple=True)[0], sequence.slots[filled]] = False
-        filled = slot >= 0
-        rows = filled.nonzero(as_tuple=True)[0]
-        keep[rows, slot[filled]] = True
-        seen = sequence.seen
+        length = sequence.index.shape[1]
+        here, valid = marked(slot, length), sequence.valid
         if after.valid is not None:
-            seen = seen.clone()
-            seen[rows, slot[filled]] = after.valid[filled]
-        shorter, order = shorten(replace(sequence, valid=seen, tokens=after), keep, renumber)
-        return replace(shorter, slots=reslot(order, slot)), order
+            hidden = marked(torch.where(after.valid, DROPPED, slot), length)
+            valid = (sequence.seen | here) & ~hidden
+        keep = sequence.present & ~sequence.visual | here
+        shorter, order = shorten(replace(sequence, valid=valid, tokens=after), keep, renumber)
+        return replace(shorter, slots=reslot(order, slot, length)), order
 
     def _active(self, tokens: Tokens) -> Tensor:
         """(B,) bool: samples without a picture are left alone; in training, also those without a supervised answer."""
@@ -470,9 +469,7 @@ class VisionLanguageHost(Host):
         if self._past is not None or sequence is None or sequence.tokens.x.shape[1] == 0:
             output: Tensor = function(hidden)
             return output
-        marked = torch.zeros(len(hidden), hidden.shape[1] + 1, dtype=torch.bool, device=hidden.device)
-        marked.scatter_(1, torch.where(sequence.slots >= 0, sequence.slots, hidden.shape[1]), True)
-        call = MlpCall(hidden, self.language.layers[index].mlp, marked[:, :-1], function)
+        call = MlpCall(hidden, self.language.layers[index].mlp, sequence.visual, function)
         signals = LanguageSignals(self, sequence, None, {})
         at = self.stage("llm.mlp", index, signals, sequence.tokens.count, sequence.tokens.count > 0)
         return self.call(at, call)
@@ -547,8 +544,8 @@ class VisionLanguageHost(Host):
         if cache is not None:
             held = self._prune_cache(cache) if "llm.decode" in self.plan else self._ran
             # On the cache itself: it is what the next forward brings back, and copies of it keep it.
-            kinds = {id(one): Remembered.of(one, self.full_length) for one in held}
-            setattr(cache, _PREFILL, Prefill([kinds[id(one)] for one in held], self.memory))
+            kinds = {one: Remembered.of(one, self.full_length) for one in dict.fromkeys(held)}
+            setattr(cache, _PREFILL, Prefill([kinds[one] for one in held], self.memory))
         if sequence is not self._entry or self._shortened:
             output["last_hidden_state"] = take(output.last_hidden_state, self._places(sequence))
         self._inputs = self._entry = self.sequence = self._masks = None
@@ -562,7 +559,7 @@ class VisionLanguageHost(Host):
         for index, sequence in enumerate(self._ran):
             tokens = sequence.tokens.with_x(sequence.tokens.x.detach()[..., :0])
             result = tokens
-            if tokens.x.shape[1]:
+            if tokens.x.shape[1] and index in self._pruned:
                 signals = LanguageSignals(self, sequence, None, {})
                 at = self.stage("llm.decode", index, signals, self._entry.tokens.count, tokens.count > 0)
                 result = self.run(at, tokens)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.tokens import DROPPED, Tokens, compact
+from foveate.tokens import DROPPED, Tokens, compacted
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,15 @@ class Sequence:
     slots: Tensor
     patches: Tensor
 
-    @property
+    @functools.cached_property
     def present(self) -> Tensor:
+        """(B, S) bool: which of them are no padding."""
         return self.index >= 0
+
+    @functools.cached_property
+    def visual(self) -> Tensor:
+        """(B, S) bool: where visual tokens stand."""
+        return marked(self.slots, self.index.shape[1])
 
     @property
     def seen(self) -> Tensor:
@@ -68,9 +75,7 @@ class Remembered:
     def of(cls, sequence: Sequence, full_length: int) -> Remembered:
         length = sequence.index.shape[1]
         # Where the closing text cannot have begun yet: padding, visual tokens, and whatever a gap in positions follows.
-        ahead = ~sequence.present
-        filled = sequence.slots >= 0
-        ahead[filled.nonzero(as_tuple=True)[0], sequence.slots[filled]] = True
+        ahead = ~sequence.present | sequence.visual
         ahead[:, :-1] |= (sequence.positions.diff() != 1).any(0)
         number = torch.arange(1, length + 1, device=ahead.device)
         head = int((ahead * number).max())
@@ -91,12 +96,11 @@ class Prefill:
 
 def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence, Tensor]:
     """The sequence with only the slots in `keep` (B, S) bool, padded on the left, and the old slot of each new one."""
-    chosen = compact(keep)
-    padding = (chosen < 0).sum(1)
-    if bool((padding > 0).any()):
-        # compact pads on the right; the newest token must stay last
+    chosen, full = compacted(keep)
+    if not full:
+        # Padding comes on the right; the newest token must stay last.
         width = chosen.shape[1]
-        column = (torch.arange(width, device=keep.device) - padding.unsqueeze(1)) % width
+        column = (torch.arange(width, device=keep.device) - (chosen < 0).sum(1, keepdim=True)) % width
         chosen = chosen.gather(1, column)
     filled = chosen.clamp(min=0)
     present = chosen >= 0
@@ -111,8 +115,16 @@ def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence,
         if axes == 4:
             # The first axis turns no key: it numbers the tokens for attention that takes a gap for another sequence.
             positions = torch.cat([consecutive, positions[1:]])
-    whole = None if bool(valid.all()) else valid
-    return replace(sequence, index=index, valid=whole, positions=positions, end=end), chosen
+    # Without padding or anything hidden there is nothing to look for.
+    whole = (full and sequence.valid is None) or bool(valid.all())
+    return replace(sequence, index=index, valid=None if whole else valid, positions=positions, end=end), chosen
+
+
+def marked(slots: Tensor, length: int) -> Tensor:
+    """(B, length) bool: the places that `slots` (B, N) name; -1 names none."""
+    # The extra column takes the writes of "no place".
+    places = torch.zeros(len(slots), length + 1, dtype=torch.bool, device=slots.device)
+    return places.scatter_(1, torch.where(slots >= 0, slots, length), True)[:, :-1]
 
 
 def deal(slot: Tensor) -> Tensor:
@@ -124,13 +136,11 @@ def deal(slot: Tensor) -> Tensor:
     return torch.where(present, ascending.gather(1, rank), DROPPED)
 
 
-def reslot(order: Tensor, slots: Tensor) -> Tensor:
-    """Where old slots (B, N) stand in a sequence whose new slot k was old slot `order[b, k]`; -1 where it is gone."""
-    batch, length = order.shape
-    longest = int(torch.cat([order, slots], 1).max()) + 1
-    new = order.new_full((batch, longest + 1), DROPPED)
-    new.scatter_(
-        1, torch.where(order >= 0, order, longest), torch.arange(length, device=order.device).expand(batch, -1)
-    )
+def reslot(order: Tensor, slots: Tensor, length: int) -> Tensor:
+    """Where old slots (B, N), of `length`, stand in a sequence whose new slot k was old slot `order[b, k]`; -1 where it
+    is gone."""
+    new = order.new_full((len(order), length + 1), DROPPED)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    new.scatter_(1, torch.where(order >= 0, order, length), place)
     new[:, -1] = DROPPED
-    return new.gather(1, torch.where(slots >= 0, slots, longest))
+    return new.gather(1, torch.where(slots >= 0, slots, length))

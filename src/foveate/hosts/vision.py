@@ -141,19 +141,22 @@ class Encoder:
             raise InputError(f"a method reads the attention of encoder layer {max(reads)} of {self.layers}, from 0 on")
         plan, host = self.host.plan, self.host
         host.pre(self.tower, self._begin)
+        before, within = (host.acting(stage, self.layers) for stage in ("vision.layer", "vision.mlp"))
         for index, block in enumerate(self.blocks):
-            if index == 0 or "vision.layer" in plan:
-                host.pre(block, self._layer_hook(index))
-        changes = bool({"vision.patches", "vision.layer", "vision.mlp"} & plan.keys())
+            if index == 0 or index in before:
+                host.pre(block, self._layer_hook(index, index in before))
+        changed = {0} if "vision.patches" in plan else {*before, *(layer + 1 for layer in within)}
         for index, attention in enumerate(self.attentions):
-            if not self._anatomy.masks and (changes or index in reads):
+            # From where tokens may be hidden, or stand for several patches.
+            masked = bool(changed) and index >= min(changed)
+            if not self._anatomy.masks and (masked or index in reads):
                 self.taps[index] = self._tap_masked(index, index in reads)
             elif index in reads:
                 self.taps[index] = (tap_timm if self.timm else tap_transformers)(host, attention)
-            if self._anatomy.masks and changes:
+            if self._anatomy.masks and masked:
                 host.pre(attention, self._mask_hook(index))
-        if "vision.mlp" in plan:
-            for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks):
+            if index in within:
                 branch = block.get_submodule(self._anatomy.branch)
                 host.pre(block.get_submodule(self._anatomy.norm), self._before_mlp(index))
                 if self._anatomy.adds:
@@ -225,7 +228,7 @@ class Encoder:
         """(rows, columns) of patches of pictures (…, H, W)."""
         return pixels.shape[-2] // self.patch[0], pixels.shape[-1] // self.patch[1]
 
-    def _layer_hook(self, index: int) -> Any:
+    def _layer_hook(self, index: int, acts: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             plan = self.host.plan
@@ -245,7 +248,7 @@ class Encoder:
             result = tokens
             if index == 0 and "vision.patches" in plan:
                 result = self._run("vision.patches", -1, result)
-            if "vision.layer" in plan:
+            if acts:
                 result = self._run("vision.layer", index, result)
             if result is tokens:
                 return None
@@ -334,11 +337,11 @@ class Encoder:
 
     def _mask_hook(self, index: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
-            arguments = named(module, args, kwargs)
-            hidden = arguments.pop("x" if self.timm else "hidden_states")
-            mask = self._mask(index, hidden)
+            mask = self._mask(index, args[0] if args else kwargs["x" if self.timm else "hidden_states"])
             if mask is None:
                 return None
+            arguments = named(module, args, kwargs)
+            hidden = arguments.pop("x" if self.timm else "hidden_states")
             return (hidden,), {**arguments, "attn_mask" if self.timm else "attention_mask": mask}
 
         return hook
@@ -354,9 +357,11 @@ class Encoder:
         """(B, prefix + N): what a proportional method adds to a layer's logits; None for nothing."""
         if not any(method.proportional for stage, method in self.host.plan.items() if stage.startswith("vision")):
             return None
-        size = self.during(layer).size
-        if bool((size <= 1).all()):
+        tokens = self.during(layer)
+        # Not by what they are: to look would make the model wait in every layer.
+        if tokens is self._steps[0][1] and self._resized is None:
             return None
+        size = tokens.size
         return nn.functional.pad(size.clamp(min=1).float().log(), (self.prefix, 0))
 
     def _mask_pool(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

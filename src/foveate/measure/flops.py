@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.nn.attention import kernel
+
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two matrix products: (B, H, S, D) x (B, G, T, D) and the probabilities x (B, G, T, E)."""
@@ -36,6 +38,12 @@ def _bag_flops(
     return 0 if weights is None else int(2 * index.numel() * table.shape[1])
 
 
+def _column_sums_flops(query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    """Two sweeps over queries and keys, and the sums of columns."""
+    batch, heads, length, width = query
+    return int(2 * batch * heads * length * length * (2 * width + 1))
+
+
 # Their arguments come as they are, not as shapes.
 _sampled_flops._get_raw = True  # type: ignore[attr-defined]
 _bag_flops._get_raw = True  # type: ignore[attr-defined]
@@ -51,12 +59,15 @@ _KERNELS = {
 
 
 def flop_counter() -> FlopCounterMode:
-    """A `FlopCounterMode` that also counts the CPU's fused attention, and sparse products.
+    """A `FlopCounterMode` that also counts the CPU's fused attention, sparse products, and our own kernels.
 
     Counted are matrix products, convolutions and attention, one multiply-add as 2. Causal attention counts as the full
     square, as everywhere in the literature. Softmax, norms, activations and sorting count nothing.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_KERNELS)
+    kernels = dict(_KERNELS)
+    if torch.cuda.is_available() and kernel(torch.device("cuda")) is not None:
+        kernels[torch.ops.foveate.column_sums] = _column_sums_flops
+    counter = FlopCounterMode(display=False, custom_mapping=kernels)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
 

@@ -1,23 +1,35 @@
 """`Attention`: the attention map of one layer, from which only the rows that are asked for are computed.
 
 The model's own output still comes from SDPA or FlashAttention. No S x S map is ever in memory: what needs all rows
-goes over them in blocks, each of which is computed once.
+goes over them in blocks, each of which is computed once, or on a GPU through a kernel (`foveate.nn.received`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _ROWS = 64
-"""Most rows of a head in one block."""
+"""Most rows of a head in one block on a CPU."""
 _CHUNK = 2**19
 """Most probabilities in one block on a CPU: 2 MiB of float32 stay in its cache, and softmax is bound by memory."""
-_CHUNK_ACCELERATOR = 2**22
-"""The same elsewhere (16 MiB), where the launches of many small kernels would cost more."""
+_CHUNK_ACCELERATOR = 2**26
+"""The same elsewhere (256 MiB), where the launches of many small kernels would cost more."""
+
+
+def kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """`foveate.nn.received.column_sums` for tensors on that device, None where it does not run."""
+    if device.type != "cuda":
+        return None
+    try:
+        from foveate.nn.received import column_sums
+    except ImportError:
+        # PyTorch without Triton.
+        return None
+    return column_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +73,11 @@ class Attention:
         asked = self.present if queries is None else queries
         if asked is None:
             asked = torch.ones(batch, length, dtype=torch.bool, device=self.query.device)
-        asked = asked.float()
-        weight = asked / (heads * asked.sum(1, keepdim=True).clamp(min=1e-30))
+        weight = asked.float()
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-30)
+        if (column_sums := kernel(self.query.device)) is not None:
+            return column_sums(self.query, self.key, self.scaling, weight, self.causal, self.valid)
+        weight = weight / heads
         total = torch.zeros_like(weight)
         for _, rows, block in self._blocks():
             # Heads and rows are summed in one product: (B, 1, h * R) x (B, h * R, E).
@@ -107,8 +122,9 @@ class Attention:
         batch, heads, length, _ = self.query.shape
         groups = self.key.shape[1]
         share = heads // groups
-        chunk = _CHUNK if self.query.device.type == "cpu" else _CHUNK_ACCELERATOR
-        count = max(1, min(_ROWS, length, chunk // (batch * share * length)))
+        on_cpu = self.query.device.type == "cpu"
+        chunk = _CHUNK if on_cpu else _CHUNK_ACCELERATOR
+        count = max(1, min(_ROWS if on_cpu else length, length, chunk // (batch * share * length)))
         few = max(1, chunk // (batch * share * count * length))
         hidden = None if self.valid is None else ~self.valid[:, None, None]
         later = torch.ones(count, count, dtype=torch.bool, device=self.query.device).triu(1) if self.causal else None

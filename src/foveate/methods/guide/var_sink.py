@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -108,13 +110,15 @@ class VarSink(Method):
     def _layers(self, host: HostShape) -> range:
         return range(_FIRST, host.llm_layers - (not self.last_layer))
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int]:
+        return self._layers(host) if self.kept < 1 else ()
+
     @at("llm.layer")
     def find(self, tokens: Tokens, at: Stage) -> Tokens:
         """Notes the sinks of the prompt for this layer, in the prefill and for decoding after it."""
-        if self.kept < 1 and at.layer in self._layers(at.host):
-            states, prompt, slots = at.signals.states().detach(), at.signals.prompt(), at.signals.slots()
-            sinks = sink_score(states, self._sink_dimensions(states, prompt, at.host)) > self.tau
-            at.memory[f"var-sink[{at.layer}]"] = note(sinks & at.active[:, None], tokens, slots, prompt)
+        states, prompt, slots = at.signals.states().detach(), at.signals.prompt(), at.signals.slots()
+        sinks = sink_score(states, self._sink_dimensions(states, prompt, at.host)) > self.tau
+        at.memory[f"var-sink[{at.layer}]"] = note(sinks & at.active[:, None], tokens, slots, prompt)
         return tokens
 
     def _sink_dimensions(self, states: Tensor, prompt: Tensor, host: HostShape) -> Tensor:

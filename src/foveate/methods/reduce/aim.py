@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -142,11 +144,16 @@ class Aim(Method):
         merging = {"keys": "vision.output", "features": "projector"}[self.metric]
         return (*((merging,) if self.keep < 1 else ()), *(("llm.layer",) if self.step else ()))
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int] | None:
+        if stage != "llm.layer":
+            return None
+        # A decision made on layer l takes effect at the next one; what follows the last one has no effect.
+        return [layer + 1 for layer in range(host.llm_layers - 1) if self._prunes(layer, host.llm_layers)]
+
     def reads(self, host: HostShape) -> tuple[str, ...]:
         keys = (f"vision.attention[{host.vision_layers - 1}]",) if self.keep < 1 and self.metric == "keys" else ()
-        # What follows the last layer has no effect, so its attention is not looked at.
-        prunes = [layer for layer in range(host.llm_layers - 1) if self._prunes(layer, host.llm_layers)]
-        return (*keys, *(f"llm.attention[{layer}]" for layer in prunes))
+        prunes = self.layers_at("llm.layer", host) or ()
+        return (*keys, *(f"llm.attention[{layer - 1}]" for layer in prunes))
 
     @at("vision.output")
     def merge_by_keys(self, tokens: Tokens, at: Stage) -> Tokens:
@@ -159,20 +166,18 @@ class Aim(Method):
     def _merge(self, tokens: Tokens, at: Stage, metric: Tensor) -> Tokens:
         equal_counts(self.card.slug, tokens, at)
         target = merged_count(tokens.x.shape[1], self.keep)
-        while (surplus := tokens.x.shape[1] - target) > 0:
-            into = partners(metric, surplus, "place" if self.order == "spatial" else "similarity")
-            if surplus > tokens.x.shape[1] // 2:
+        while (count := tokens.x.shape[1]) > target:
+            into = partners(metric, count - target, "place" if self.order == "spatial" else "similarity")
+            left = max(target, count - count // 2)
+            if left > target:
                 # Another step follows: the metric is merged along, so that it stays that of the merged tokens.
-                metric = tokens.with_x(metric).merge(into).x
-            tokens = tokens.merge(into)
+                metric = tokens.with_x(metric).merge(into, groups=left, full=True).x
+            tokens = tokens.merge(into, groups=left, full=True)
         return tokens
 
     @at("llm.layer")
     def prune(self, tokens: Tokens, at: Stage) -> Tokens:
-        # A decision made on layer l takes effect at the next one.
         layer = at.layer - 1
-        if layer < 0 or not self._prunes(layer, at.host.llm_layers):
-            return tokens
         attention = at.signals.attention(layer)
         score = importance(attention, self.temperature, self.iterations, self.damping).gather(1, attention.visual)
         ratio = self.retained(layer, at.host.llm_layers)

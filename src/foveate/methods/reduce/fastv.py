@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -110,11 +112,12 @@ class FastV(Method):
     def reads(self, host: HostShape) -> tuple[str, ...]:
         return (f"llm.attention[{self.layer - 1}]",) if self.drop else ()
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int]:
+        # After K layers is before the one with the 0-based number K; the last that ran has the number K - 1.
+        return (self.layer,) if self.drop else ()
+
     @at("llm.layer")
     def prune(self, tokens: Tokens, at: Stage) -> Tokens:
-        # After K layers is before the one with the 0-based number K; the last that ran has the number K - 1.
-        if at.layer != self.layer or not self.drop:
-            return tokens
         attention = at.signals.attention(self.layer - 1)
         score = attention.received() if self.queries == "all" else last_row(attention)
         left = torch.where(at.active, floor_share(at.entered, 1 - self.drop, least=0), at.entered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -235,6 +235,17 @@ class MustDrop(Method):
         }
         return tuple(stage for stage, acts in stages.items() if acts)
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int] | None:
+        if stage == "vision.layer":
+            return (1,)
+        if stage == "llm.layer":
+            # What layer l's attention says takes effect before the next one.
+            return [layer + 1 for layer in self.filters(host.llm_layers)]
+        if stage == "llm.decode":
+            first, *_, last = self.filters(host.llm_layers) * 2
+            return range(first, last + 1)
+        return None
+
     def reads(self, host: HostShape) -> tuple[str, ...]:
         if not self._filters:
             return ()
@@ -257,8 +268,6 @@ class MustDrop(Method):
 
     @at("vision.layer")
     def merge_windows(self, tokens: Tokens, at: Stage) -> Tokens:
-        if at.layer != 1:
-            return tokens
         rows, columns = at.signals.grid()
         if tokens.valid is not None or tokens.x.shape[1] != rows * columns:
             raise InputError("mustdrop merges windows of whole grids of patches; let no other method act before it")
@@ -317,11 +326,7 @@ class MustDrop(Method):
 
     @at("llm.layer")
     def filter(self, tokens: Tokens, at: Stage) -> Tokens:
-        filters = self.filters(at.host.llm_layers)
-        # What layer l's attention says takes effect before the next one.
-        layer = at.layer - 1
-        if layer not in filters:
-            return tokens
+        filters, layer = self.filters(at.host.llm_layers), at.layer - 1
         total, most = self._asked(tokens, layer, at)
         scale = _PAPER_TOKENS * at.host.joined / (at.host.grid[0] * at.host.grid[1])
         key = _marked(tokens, at.marks[_KEY]) if self.key else torch.zeros_like(tokens.mask())
@@ -359,9 +364,6 @@ class MustDrop(Method):
 
     @at("llm.decode")
     def prune_cache(self, tokens: Tokens, at: Stage) -> Tokens:
-        filters = self.filters(at.host.llm_layers)
-        if not filters[0] <= at.layer <= filters[-1]:
-            return tokens
         left: Tensor = at.memory[_LEFT]
         return tokens.keep(compact(tokens.mask() & _marked(tokens, left >= 0)))
 

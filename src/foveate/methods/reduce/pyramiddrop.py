@@ -136,13 +136,15 @@ class PyramidDrop(Method):
         if stages != sorted(set(stages)):
             raise InputError(f"layers {self.layers} are {stages} on this host; they must ascend")
 
+    def layers_at(self, stage: str, host: HostShape) -> dict[int, float]:
+        """layer -> share of the visual tokens that is left there."""
+        # "After s layers" is before the layer with the 0-based number s, whose weights do the ranking.
+        stages = {at_depth("layers", s, host.llm_layers): ratio for s, ratio in zip(self.layers, self.ratios)}
+        return {layer: ratio for layer, ratio in stages.items() if ratio < 1}
+
     @at("llm.layer")
     def shrink(self, tokens: Tokens, at: Stage) -> Tokens:
-        # "After s layers" is before the layer with the 0-based number s, whose weights do the ranking.
-        stages = {at_depth("layers", s, at.host.llm_layers): ratio for s, ratio in zip(self.layers, self.ratios)}
-        ratio = stages.get(at.layer, 1.0)
-        if ratio == 1:
-            return tokens
+        ratio = self.layers_at(at.name, at.host)[at.layer]
         # Of the V that entered, not of those that are left.
         left = torch.where(at.active, floor_share(at.entered, ratio, least=0), at.entered)
         rank = at.signals.text_to_vision(at.layer)

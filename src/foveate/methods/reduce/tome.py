@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -148,14 +148,16 @@ class ToMe(Method):
         if isinstance(self.r, tuple) and len(self.r) > host.feature_layer + 1:
             raise InputError(f"r has {len(self.r)} numbers; {host.feature_layer + 1} layers of this encoder are used")
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int]:
+        return [layer for layer, r in enumerate(self.merges(host.feature_layer + 1)) if r]
+
     def reads(self, host: HostShape) -> tuple[str, ...]:
-        return tuple(f"vision.attention[{n}]" for n, r in enumerate(self.merges(host.feature_layer + 1)) if r)
+        return tuple(f"vision.attention[{layer}]" for layer in self.layers_at("vision.mlp", host))
 
     @at("vision.mlp")
     def merge(self, tokens: Tokens, at: Stage) -> Tokens:
-        layers = at.host.feature_layer + 1
-        r = self.merges(layers)[at.layer] if at.layer < layers else 0
-        if r == 0 or tokens.x.shape[1] < 2:
+        r = self.merges(at.host.feature_layer + 1)[at.layer]
+        if tokens.x.shape[1] < 2:
             return tokens
         equal_counts(self.card.slug, tokens, at)
         attention = at.signals.attention(at.layer)
@@ -163,4 +165,5 @@ class ToMe(Method):
         keys = keys.gather(1, attention.visual.unsqueeze(-1).expand(-1, -1, keys.shape[2]))
         # The first patch stands where the prefix ends, and so in A or in B.
         into = partners(keys, r, "sets", first=at.host.prefix % 2)
-        return tokens.merge(into, weight=tokens.size)
+        count = tokens.x.shape[1]
+        return tokens.merge(into, tokens.size, count - min(r, count // 2), full=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -181,10 +181,11 @@ class Yopo(Method):
         acts = {"llm.layer": self.removed == "drop", "llm.attention": attention, "llm.mlp": self.ffn > 1}
         return tuple(stage for stage, does in acts.items() if does)
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int] | None:
+        return (at_depth("cut", self.cut, host.llm_layers),) if stage == "llm.layer" else None
+
     @at("llm.layer")
     def leave(self, tokens: Tokens, at: Stage) -> Tokens:
-        if at.layer != at_depth("cut", self.cut, at.host.llm_layers):
-            return tokens
         return tokens.keep(compact(tokens.mask() & ~at.active.unsqueeze(1)))
 
     @at("llm.attention")

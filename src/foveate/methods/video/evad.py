@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from foveate.method import (
     whole,
     within,
 )
+from foveate.nn.attention import kernel
 from foveate.nn.sparse_rcnn import FeaturePyramid, ProposalHead, Proposals, box_losses, look, match
 from foveate.tokens import Tokens, take
 
@@ -51,8 +52,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 _CHUNK = 2**19
 """Most attention probabilities in one block on a CPU: 2 MiB of float32 stay in its cache."""
-_CHUNK_ACCELERATOR = 2**22
-"""The same elsewhere (16 MiB), where the launches of many small kernels would cost more."""
+_CHUNK_ACCELERATOR = 2**26
+"""The same elsewhere (256 MiB), where the launches of many small kernels would cost more."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -199,6 +200,9 @@ class Evad(Method):
         if layers != sorted(set(layers)):
             raise InputError(f"layers {self.layers} are {layers} on this host; they must ascend")
 
+    def layers_at(self, stage: str, host: HostShape) -> Collection[int]:
+        return self.drops(host.vision_layers)
+
     def reads(self, host: HostShape) -> tuple[str, ...]:
         if self.select == "random":
             return ()
@@ -216,10 +220,7 @@ class Evad(Method):
     def drop(self, tokens: Tokens, at: Stage) -> Tokens:
         batch, count = tokens.x.shape[:2]
         keyframe = tokens.position[..., 0].round() == at.host.slots // 2
-        if at.layer not in self.drops(at.host.vision_layers):
-            return tokens
-        # The same for all clips, unless another method has been at them.
-        left = self.after(count, int(keyframe.sum(1).max()))
+        left = self.after(count, at.host.patches // at.host.slots)
         if left == count:
             return tokens
         if tokens.valid is not None:
@@ -232,7 +233,7 @@ class Evad(Method):
             # A weighted mean instead of the sum: the order is the same.
             weights = torch.zeros(batch, attention.length, device=rows.device).scatter_(1, attention.visual, rows)
             score = attention.received(weights).gather(1, attention.visual)
-        return tokens.keep(self.chosen(score, keyframe, left))
+        return tokens.keep(self.chosen(score, keyframe, left), full=True)
 
     def lot(self, count: int, layer: int) -> Tensor:
         """(count,) random scores in [0, 1): the same for all clips."""
@@ -640,9 +641,13 @@ def attention_and_score(query: Tensor, key: Tensor, value: Tensor, rows: Tensor)
     rows i of `rows` (B, N) x attention.
 
     The map is needed for both, so each part of it is computed once, in blocks of some heads and rows; the whole of it
-    is never in memory, unless a gradient needs it. Scores carry no gradient.
+    is never in memory, unless a gradient needs it. On a GPU fused attention and a kernel for the scores take less time,
+    although each computes it. Scores carry no gradient.
     """
     batch, heads, count, width = query.shape
+    if (column_sums := kernel(query.device)) is not None:
+        fused = F.scaled_dot_product_attention(query, key, value)
+        return fused, column_sums(query, key, width**-0.5, rows, False, None) / count
     chunk = _CHUNK if query.device.type == "cpu" else _CHUNK_ACCELERATOR
     few = max(1, min(count, chunk // (batch * count)))
     some = max(1, chunk // (batch * few * count))

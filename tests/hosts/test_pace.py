@@ -1,0 +1,83 @@
+"""What an adapter costs beside the model: on an accelerator every small operation is a launch, and every look at a
+number makes the model wait for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import foveate
+from foveate.method import method_class
+from foveate.methods.video.evad import Evad
+from tiny import prompt, vision, vlm
+from tiny_video import clips, videomae
+
+LOOKS = ("is_nonzero", "item", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(run: Callable[[], object]) -> Counter[str]:
+    with torch.inference_mode():
+        run()
+        with Operations() as seen:
+            run()
+    return seen.counts
+
+
+def added(model: Any, method: Any, **inputs: Any) -> tuple[int, int]:
+    """How many operations, and looks at numbers, a method adds to a forward."""
+    plain = operations(lambda: model(**inputs))
+    with foveate.apply(model, method):
+        changed = operations(lambda: model(**inputs))
+    return changed.total() - plain.total(), looks(changed) - looks(plain)
+
+
+def looks(counts: Counter[str]) -> int:
+    return sum(counts[name] for name in LOOKS)
+
+
+@pytest.mark.parametrize("slug", ["dense", "pool", "random", "resolution", "fopru", "visionzip", "vtc-cls", "hired"])
+def test_what_is_done_before_the_language_model_costs_nothing_in_its_layers(slug: str) -> None:
+    method = method_class(slug)(**({} if slug == "dense" else {"keep": 0.5}))
+    shallow, deep = (added(model, method, **prompt(model, [(3, 6)])) for model in (vlm(layers=2), vlm(layers=12)))
+    assert shallow == deep
+
+
+@pytest.mark.parametrize(
+    ("slug", "settings"),
+    [("fastv", {"layer": 1}), ("pyramiddrop", {"layers": (1,), "keep": (0.5,)}), ("mustdrop", {"layers": (0,)})],
+)
+def test_what_is_dropped_in_one_layer_costs_nothing_in_others(slug: str, settings: dict[str, Any]) -> None:
+    method = method_class(slug)(**settings)
+    shallow, deep = (
+        added(model, method, **prompt(model, [(3, 6)]), use_cache=False) for model in (vlm(layers=4), vlm(layers=12))
+    )
+    assert shallow == deep
+
+
+def test_merging_and_dropping_in_encoders_never_looks_at_a_number() -> None:
+    model, pictures = vision("timm"), torch.randn(2, 3, 16, 16)
+    assert looks(operations(lambda: model(pictures))) == 0
+    with foveate.apply(model, "tome", r=2) as applied:
+        assert looks(operations(lambda: model(pictures))) == 0
+        assert applied.trace[-1].tokens_out == (8, 8)
+    film, frames = videomae(), clips()
+    for method in (Evad(keep=0.7), Evad(keep=0.7, select="random"), "tome"):
+        with foveate.apply(film, method):
+            assert looks(operations(lambda: film(frames))) == 0
