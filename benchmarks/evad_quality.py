@@ -11,6 +11,8 @@ no knowledge   the true boxes, each said to do everything: what an action's aver
 With --frame-only FOLDER also a model that was trained on keyframes alone,
 
 foveate train evad --set frame_only=true --out runs/evad-frame-only
+
+and with --others FOLDER … models that were trained with other dropouts, each measured with its own.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=_ZOO, help="what foveate train evad wrote")
     parser.add_argument("--frame-only", type=Path, help="the same with --set frame_only=true")
+    parser.add_argument(
+        "--others", type=Path, nargs="*", default=[], help="trained otherwise, each measured as trained"
+    )
     parser.add_argument("--test-scenes", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the test clips")
@@ -62,6 +67,7 @@ def main() -> None:
         moving, settings, trained = load(options.model, options.test_scenes)
         still = None if options.frame_only is None else load(options.frame_only, options.test_scenes)
         differs = {} if still is None else _differences(settings, still[1])
+        others = [load(folder, options.test_scenes) for folder in options.others]
     except InputError as error:
         parser.error(str(error))
     clips = Clips("test", options.seed, frames=settings.frames * settings.stride, size=settings.size)
@@ -84,6 +90,10 @@ def main() -> None:
         commands["frame only"] = still[2]["command"]
         # More steps for one, say, and it is no fair comparison: whoever reads the results must see it.
         print("settings that differ besides frame_only:", differs or "none")
+    for model, theirs, training in others:
+        trained_with = {name: getattr(theirs, name) for name in whole}
+        note(f"trained and measured with {json.dumps(trained_with)}", evaluate(model, clips, theirs))
+        commands[json.dumps(trained_with)] = training["command"]
     write("evad_quality", options, {"trained": commands, "settings_that_differ": differs, "results": rows})
 
 

@@ -243,6 +243,7 @@ def train(
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "processes": accelerator.num_processes,
+        "device": _device_name(accelerator.device),
         "training_seconds": round(seconds, 1),
         "evaluation_seconds": round(time.monotonic() - evaluated, 1),
         **environment(),
@@ -284,6 +285,10 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, {"format": "pt"})
     os.replace(partial, file)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _cpu_model() -> str:

@@ -562,3 +562,15 @@ def test_multiplications_of_the_tokens_add_up() -> None:
             tokens = math.ceil(0.7 * tokens)
         total += 8 * tokens * 768**2
     assert counted == total
+
+
+def test_sizes_and_modes_may_alternate() -> None:
+    model, small, wide = detector(), pixels(), torch.randn(1, 3, 8, 32, 48)
+    with torch.inference_mode():
+        model(wide)
+    found = model.train()(small)
+    (found.person.sum() + found.actions.sum()).backward()
+    assert model.backbone.embeddings.patch_embeddings.projection.weight.grad is not None
+    model.eval()
+    for clip in (wide, small, wide):
+        torch.testing.assert_close(model(clip).actions, detector()(clip).actions)

@@ -396,6 +396,7 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         for name, width in (("positions", hidden), ("decoder_positions", decoder_hidden)):
             table = sinusoid(slots * side * side, width).view(slots, side, side, width)
             self.register_buffer(name, table, persistent=False)
+        self._resized: dict[str, tuple[Any, Tensor]] = {}
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> EvadDetector:
@@ -463,7 +464,7 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         x = self.backbone.embeddings.patch_embeddings.projection(pixels)
         grid = (x.shape[2], x.shape[3], x.shape[4])
         frame = grid[1] * grid[2]
-        x = x.flatten(2).transpose(1, 2) + resized(table, grid).to(x.dtype)
+        x = x.flatten(2).transpose(1, 2) + self._places("positions", grid, x)
         x = x.index_select(1, keyframe_first(grid, x.device))
         index = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         dropout, layers = self.dropout, self.backbone.encoder.layer
@@ -487,6 +488,15 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         if self.released_order:
             index = index.sort(1).values
         return Encoded(self.backbone.layernorm(x), index, frames, grid)
+
+    def _places(self, table: str, grid: tuple[int, int, int], like: Tensor) -> Tensor:
+        """`resized` of that table, made once for clips of one size: on a GPU, bicubic takes longer than some layers."""
+        key = grid, like.dtype, like.device
+        if self._resized.get(table, (None,))[0] != key:
+            # An ordinary tensor, whoever asks first: training may be next.
+            with torch.inference_mode(False), torch.no_grad():
+                self._resized[table] = key, resized(getattr(self, table), grid).to(like.dtype)
+        return self._resized[table][1]
 
     def _attend(self, layer: Any, x: Tensor, path: float) -> Tensor:
         return x + self._survives(layer.attention(layer.layernorm_before(x)), path)
@@ -532,7 +542,7 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def classify(self, encoded: Encoded, boxes: Tensor, size: Tensor) -> Tensor:
         """Action logits (L, B, P, classes) of boxes (B, P, 4); outside training of the last layer alone."""
         visible = self.decoder["projection"](encoded.tokens)
-        places = resized(self.decoder_positions, encoded.grid).to(visible.dtype)
+        places = self._places("decoder_positions", encoded.grid, visible)
         volume = self.volume(visible, encoded, places)
         places = places.index_select(1, encoded.order)
         visible = visible + take(places.expand(len(visible), -1, -1), encoded.index)
