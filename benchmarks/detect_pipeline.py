@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.7, 0.5])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--result", default="detect_pipeline", help="name of the JSON file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -97,7 +98,7 @@ def main() -> None:
         for keep in options.keep:
             results[str(keep)] = measured(file, Path(folder), detector.set_dropout(keep=keep), options)
             print(keep, results[str(keep)])
-    write("detect_pipeline", options, {"video_seconds": options.seconds, "by_keep": results})
+    write(options.result, options, {"video_seconds": options.seconds, "by_keep": results})
 
 
 if __name__ == "__main__":

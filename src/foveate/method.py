@@ -302,6 +302,9 @@ class Method(Published):
     shorter prompt. Hosts whose positions have several axes (Qwen2-VL's time, row, column) always keep them."""
     proportional: ClassVar[bool] = False
     """Whether the encoder's attention counts a merged token as often as it has patches (ToMe's `+ log s`)."""
+    forgets: ClassVar[bool] = False
+    """Whether no handler asks for a layer's attention after it, or another method, has asked for a later layer's: then
+    queries and keys are let go of at once, and not when the forward ends."""
     newlines: str = "whole"
     """Whose newline tokens stay, in any-resolution models, when tokens go before the language model: only those of rows
     that stay "whole", those of "every" row of the crops, or "none"."""

@@ -118,7 +118,7 @@ class Tokens:
             groups: G; read from `into` if None.
             full: promises that no group is empty: with it and `groups`, no number is read off the device.
         """
-        batch, count, width = self.x.shape
+        batch, count = self.x.shape[:2]
         # Sums of many bf16 values need more digits than bf16 has.
         exact = torch.promote_types(self.x.dtype, torch.float32)
         into = into if self.valid is None else torch.where(self.valid, into, DROPPED)
@@ -126,19 +126,20 @@ class Tokens:
         member = (into >= 0).to(exact).unsqueeze(-1)
         share = member if weight is None else weight.to(exact).unsqueeze(-1) * member
         patches = self.size.to(exact).unsqueeze(-1) * member
-        # All sums at once, and samples one after the other: sums of whole rows are several times as fast as over a
-        # batch axis.
-        rows = torch.cat([self.x * share, share, patches, self.position * patches, member], -1).flatten(0, 1)
-        into_row = into.clamp(min=0)
-        if batch > 1:
-            into_row = into_row + groups * torch.arange(batch, device=into.device).unsqueeze(1)
-        total = rows.new_zeros(batch * groups, rows.shape[1])
-        total = total.scatter_add(0, into_row.view(-1, 1).expand_as(rows), rows).unflatten(0, (batch, groups))
-        x, mass, size, position, members = total.split((width, 1, 1, 3, 1), -1)
+        # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
+        row = into.clamp(min=0) + groups * torch.arange(batch, device=into.device).unsqueeze(1)
+
+        def total(values: Tensor) -> Tensor:
+            rows = values.flatten(0, 1)
+            out = rows.new_zeros(batch * groups, rows.shape[1])
+            return out.scatter_add_(0, row.view(-1, 1).expand_as(rows), rows).unflatten(0, (batch, groups))
+
+        sums = total(torch.cat([share, patches, self.position * patches, member], -1))
+        mass, size, position, members = sums.split((1, 1, 3, 1), -1)
         moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
         valid = None if full else members.squeeze(-1) > 0
         return Tokens(
-            x=(x / mass.clamp(min=torch.finfo(exact).tiny)).to(self.x.dtype),
+            x=(total(self.x * share) / mass.clamp(min=torch.finfo(exact).tiny)).to(self.x.dtype),
             position=(position / size.clamp(min=1)).to(self.position.dtype),
             size=size.squeeze(-1).long(),
             source=moved.gather(1, self.source % (count + 1)),

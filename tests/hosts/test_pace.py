@@ -81,3 +81,23 @@ def test_merging_and_dropping_in_encoders_never_looks_at_a_number() -> None:
     for method in (Evad(keep=0.7), Evad(keep=0.7, select="random"), "tome"):
         with foveate.apply(film, method):
             assert looks(operations(lambda: film(frames))) == 0
+
+
+def test_attention_is_let_go_of_before_the_forward_ends() -> None:
+    encoder, language = vision("timm"), vlm()
+    held: list[list[int]] = []
+
+    def note(taps: Any) -> Any:
+        return lambda *_: held.append([layer for layer, tap in taps().items() if tap.query is not None])
+
+    with foveate.apply(encoder, "tome", r=2) as applied:
+        for block in encoder.blocks:
+            block.register_forward_hook(note(lambda: applied.host.encoder.taps))
+        encoder(torch.randn(1, 3, 16, 16))
+    assert held == [[0], [1], [2], [3]]
+    held.clear()
+    with foveate.apply(language, "aim", first_layer=0, step=0.25, keep=1.0) as applied:
+        for layer in language.model.language_model.layers:
+            layer.register_forward_hook(note(lambda: applied.host._taps))
+        language(**prompt(language, [(3, 6)]))
+    assert held == [[0], [0, 1], [1, 2], [2]]

@@ -94,6 +94,15 @@ class Host:
         """Registers the hooks that `self.plan` needs."""
         raise NotImplementedError
 
+    def forgets(self, kind: str) -> bool:
+        """Whether attention of "vision" or "llm" is asked for layer by layer (`Method.forgets`)."""
+        readers = [
+            method
+            for method in self.plan.values()
+            if any(split_read(name)[0] == kind for name in method.reads(self.shape))
+        ]
+        return all(method.forgets for method in readers)
+
     def acting(self, stage: str, layers: int) -> frozenset[int]:
         """Those of `layers` layers at which the plan has a method for `stage` that wants to be called."""
         if stage not in self.plan:

@@ -114,6 +114,7 @@ class VisionLanguageHost(Host):
         self._late_mask: Tensor | None = None
         self._given_positions: Tensor | None = None
         self._pruned: frozenset[int] = frozenset()
+        self._forgets = False
         self._new = 0
         self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
 
@@ -151,7 +152,7 @@ class VisionLanguageHost(Host):
         self.hook_vision(reads["vision"])
         self.pre(self.language, self._enter_language)
         acting = {stage: self.acting(stage, self.depth) for stage in self.language_stages}
-        self._pruned = acting["llm.decode"]
+        self._pruned, self._forgets = acting["llm.decode"], self.forgets("llm")
         for index, layer in enumerate(self.language.layers):
             self.pre(layer, self._layer_hook(index, index in acting["llm.layer"]))
             edits = index in acting["llm.attention"]

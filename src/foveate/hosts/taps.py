@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,13 @@ def _tapped(
 
 
 AttentionInterface.register(_NAME, _tapped)
+
+
+def forget(taps: Mapping[int, Tap], layer: int) -> None:
+    """Lets go of what layers before that one computed."""
+    for index, tap in taps.items():
+        if index < layer:
+            tap.clear()
 
 
 def tap_transformers(host: Host, attention: nn.Module, around: Callable[..., Tensor] | None = None) -> Tap:

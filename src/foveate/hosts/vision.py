@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from foveate.hosts.host import Host, named, split_read
 from foveate.hosts.signals import NoSignals
-from foveate.hosts.taps import Tap, tap_timm, tap_transformers
+from foveate.hosts.taps import Tap, forget, tap_timm, tap_transformers
 from foveate.method import Crops, HostShape, InputError, Method
 from foveate.nn.attention import Attention
 from foveate.tokens import Tokens, predecessors, take
@@ -112,6 +112,7 @@ class Encoder:
         self.joined = 1
         self.grid: tuple[int, int] = self.native
         self.taps: dict[int, Tap] = {}
+        self.forgets = False
         self.pictures: tuple[Crops, ...] | None = None
         # (l, tokens) when they entered layer l, (l + 0.5, tokens) when they left its attention.
         self._steps: list[tuple[float, Tokens]] = []
@@ -140,6 +141,7 @@ class Encoder:
         if not reads <= set(range(self.layers)):
             raise InputError(f"a method reads the attention of encoder layer {max(reads)} of {self.layers}, from 0 on")
         plan, host = self.host.plan, self.host
+        self.forgets = host.forgets("vision")
         host.pre(self.tower, self._begin)
         before, within = (host.acting(stage, self.layers) for stage in ("vision.layer", "vision.mlp"))
         for index, block in enumerate(self.blocks):
@@ -393,6 +395,8 @@ class VisionSignals(NoSignals):
         if layer not in encoder.taps:
             raise RuntimeError(f"name 'vision.attention[{layer}]' in Method.reads to look at it")
         query, key, scaling = encoder.taps[layer].read()
+        if encoder.forgets:
+            forget(encoder.taps, layer)
         valid = encoder.valid(layer)
         return Attention(query.detach(), key.detach(), scaling, False, valid, valid, visual)
 

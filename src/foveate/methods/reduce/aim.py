@@ -98,7 +98,7 @@ class Aim(Method):
         ),
     )  # fmt: skip
 
-    renumbers = False
+    renumbers, forgets = False, True
 
     def __init__(
         self,

@@ -72,6 +72,8 @@ class MustDrop(Method):
     of such crops stay in their places and a newline stays where its whole row does.
     """
 
+    forgets = True
+
     card = Card(
         slug="mustdrop",
         title="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model",

@@ -91,7 +91,7 @@ class ToMe(Method):
         ),
     )  # fmt: skip
 
-    proportional = True
+    proportional = forgets = True
 
     def __init__(self, *, r: int | list[int] | tuple[int, ...] = 8, schedule: str = "constant") -> None:
         self.r = tuple(whole("r", one) for one in r) if isinstance(r, list | tuple) else whole("r", r)

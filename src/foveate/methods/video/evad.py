@@ -89,6 +89,8 @@ class Evad(Method):
     are what the paper's ablations vary.
     """
 
+    forgets = True
+
     card = Card(
         slug="evad", title="Efficient Video Action Detection with Token Dropout and Context Refinement",
         arxiv="2304.08451", year=2023, kind="video", hosts=("hf-video",), identity={"keep": 1.0},
