@@ -45,15 +45,15 @@ def _row_sums(
     block: tl.constexpr, size: tl.constexpr, causal: tl.constexpr, masked: tl.constexpr, precise: tl.constexpr,
 ):  # fmt: skip
     """sums (B H, S): log2 of each row's sum of exponentials, +inf where a row sees nothing."""
-    one = tl.program_id(1)
+    one = tl.program_id(0)
     batch, head = (one // heads).to(tl.int64), one % heads
     query += batch * query_batch + head * query_head
     key += batch * key_batch + (head // share) * key_head
     valid += batch * length
-    row = tl.program_id(0) * block + tl.arange(0, block)
+    row = tl.program_id(1) * block + tl.arange(0, block)
     greatest = tl.full((block,), float("-inf"), tl.float32)
     total = tl.zeros((block,), tl.float32)
-    stop = tl.minimum(length, (tl.program_id(0) + 1) * block) if causal else length
+    stop = tl.minimum(length, (tl.program_id(1) + 1) * block) if causal else length
     for first in range(0, stop, block):
         logits = _logits(
             query, key, valid, row, first + tl.arange(0, block), size, length, width,
@@ -74,15 +74,15 @@ def _column_sums(
     block: tl.constexpr, size: tl.constexpr, causal: tl.constexpr, masked: tl.constexpr, precise: tl.constexpr,
 ):  # fmt: skip
     """received (B H, S): of each column the sum over rows i of weight[i] 2^(logit - sums[i])."""
-    one = tl.program_id(1)
+    one = tl.program_id(0)
     batch, head = (one // heads).to(tl.int64), one % heads
     query += batch * query_batch + head * query_head
     key += batch * key_batch + (head // share) * key_head
     valid += batch * length
     weight += batch * length
-    column = tl.program_id(0) * block + tl.arange(0, block)
+    column = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
-    start = tl.program_id(0) * block if causal else 0
+    start = tl.program_id(1) * block if causal else 0
     for first in range(start, length, block):
         row = first + tl.arange(0, block)
         logits = _logits(
@@ -113,7 +113,8 @@ def column_sums(
     mask = weight if valid is None else valid.to(torch.uint8).contiguous()
     sums = torch.empty(batch * heads, length, device=query.device)
     found = torch.empty_like(sums)
-    grid = (triton.cdiv(length, _BLOCK), batch * heads)
+    # Heads come first: there may be more of them than the other axes of a grid take.
+    grid = (batch * heads, triton.cdiv(length, _BLOCK))
     shape = (length, width, heads, heads // key.shape[1], *query.stride()[:3], *key.stride()[:3])
     # Exponentials are those of base 2, which a GPU has.
     rest = {

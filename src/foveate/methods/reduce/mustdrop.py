@@ -244,8 +244,8 @@ class MustDrop(Method):
             # What layer l's attention says takes effect before the next one.
             return [layer + 1 for layer in self.filters(host.llm_layers)]
         if stage == "llm.decode":
-            first, *_, last = self.filters(host.llm_layers) * 2
-            return range(first, last + 1)
+            filters = self.filters(host.llm_layers)
+            return range(filters[0], filters[-1] + 1) if filters else ()
         return None
 
     def reads(self, host: HostShape) -> tuple[str, ...]:
