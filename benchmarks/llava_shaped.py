@@ -163,6 +163,8 @@ def earlier(name: str, options: argparse.Namespace, apart: tuple[str, ...] = ())
 
 def portable(value: Any) -> Any:
     """Paths of one machine become relative to the repository, or a bare name outside of it; the rest stays."""
+    if isinstance(value, list | tuple):
+        return [portable(one) for one in value]
     if isinstance(value, str | Path) and Path(value).is_absolute():
         path = Path(value).resolve()
         return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else path.name
