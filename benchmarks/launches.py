@@ -2,51 +2,23 @@
 
 python benchmarks/launches.py
 
-On an accelerator a small operation is a launch, and a look at a number (`bool(x.any())`, `x.nonzero()`) makes the model
-wait. Both are counted, not timed, on LLaVA-1.5-7B's depth with narrow layers: 24 layers of vision, 32 of language. The
-counts are of a CPU; there methods that go over whole attention maps do it in more, smaller blocks than on a GPU.
+Counted, not timed (`foveate.measure.launches`), on LLaVA-1.5-7B's depth with narrow layers: 24 layers of vision, 32 of
+language. The counts are of a CPU; there methods that go over whole attention maps do it in more, smaller blocks than on
+a GPU, and looks at what lies on the CPU anyway are counted with the others.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
-
 from llava_shaped import arguments, build, prefill, write
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.apply import apply
 from foveate.hosts import adapt
+from foveate.measure.launches import count_launches
 from foveate.method import method_class
 
-LOOKS = ("is_nonzero", "item", "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "equal")
 METHODS = (
     "pool", "random", "fopru", "visionzip", "vtc-cls", "fastv", "pyramiddrop", "yopo", "tome", "aim", "mustdrop"
 )  # fmt: skip
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations, and those among them that read a number off a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.looks = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        self.looks += function.overloadpacket.__name__ in LOOKS
-        return function(*args, **(kwargs or {}))
-
-
-def counted(run: Callable[[], Any], context: AbstractContextManager[Any]) -> Operations:
-    with context:
-        # What is made once is made now.
-        run()
-        with Operations() as operations:
-            run()
-    return operations
 
 
 def main() -> None:
@@ -57,11 +29,12 @@ def main() -> None:
     options = parser.parse_args()
     model, inputs = build(options)
     run, shape = prefill(model, inputs), adapt(model).shape
-    dense = counted(run, contextlib.nullcontext())
+    dense = count_launches(run)
     rows = [{"method": "dense", "operations": dense.operations, "looks": dense.looks}]
     for slug in options.methods:
         method = method_class(slug).for_budget(options.budget, shape)
-        changed = counted(run, apply(model, method))
+        with apply(model, method):
+            changed = count_launches(run)
         added = {"added": changed.operations - dense.operations, "added_looks": changed.looks - dense.looks}
         rows.append({"method": slug, "settings": method.hyperparameters(), **added})
         print(slug, added)

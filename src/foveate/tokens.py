@@ -212,6 +212,13 @@ def put(states: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return room[:-1].unflatten(0, (batch, length))
 
 
+def marked(index: Tensor, length: int) -> Tensor:
+    """(B, length) bool: True at `index` (B, N); -1 marks nothing."""
+    # The extra column takes the writes of "nothing".
+    places = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
+    return places.scatter_(1, torch.where(index >= 0, index, length), True)[:, :-1]
+
+
 def predecessors(before: Tokens, after: Tokens) -> Tensor:
     """(B, K): for every token of `after`, the token of `before` that carries the first of its patches; -1 for none.
 

@@ -3,53 +3,38 @@ number makes the model wait for it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
+from foveate.measure.launches import Launches, count_launches
 from foveate.method import method_class
 from foveate.methods.video.evad import Evad
 from tiny import prompt, vision, vlm
 from tiny_video import clips, videomae
 
-LOOKS = ("is_nonzero", "item", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
 
-
-class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked to do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], object]) -> Counter[str]:
+def launches(run: Callable[[], object]) -> Launches:
     with torch.inference_mode():
-        run()
-        with Operations() as seen:
-            run()
-    return seen.counts
+        return count_launches(run)
 
 
 def added(model: Any, method: Any, **inputs: Any) -> tuple[int, int]:
     """How many operations, and looks at numbers, a method adds to a forward."""
-    plain = operations(lambda: model(**inputs))
+    plain = launches(lambda: model(**inputs))
     with foveate.apply(model, method):
-        changed = operations(lambda: model(**inputs))
-    return changed.total() - plain.total(), looks(changed) - looks(plain)
+        changed = launches(lambda: model(**inputs))
+    return changed.operations - plain.operations, changed.looks - plain.looks
 
 
-def looks(counts: Counter[str]) -> int:
-    return sum(counts[name] for name in LOOKS)
+def test_what_is_counted() -> None:
+    x = torch.arange(6.0)
+    assert launches(lambda: x + 1) == (1, 0) and launches(lambda: x[torch.tensor([1, 2])]).looks == 0
+    for look in (lambda: bool(x.any()), lambda: x[x > 1], lambda: x.nonzero(as_tuple=True), lambda: x.max().item()):
+        assert launches(look).looks >= 1
 
 
 @pytest.mark.parametrize("slug", ["dense", "pool", "random", "resolution", "fopru", "visionzip", "vtc-cls", "hired"])
@@ -73,14 +58,14 @@ def test_what_is_dropped_in_one_layer_costs_nothing_in_others(slug: str, setting
 
 def test_merging_and_dropping_in_encoders_never_looks_at_a_number() -> None:
     model, pictures = vision("timm"), torch.randn(2, 3, 16, 16)
-    assert looks(operations(lambda: model(pictures))) == 0
+    assert launches(lambda: model(pictures)).looks == 0
     with foveate.apply(model, "tome", r=2) as applied:
-        assert looks(operations(lambda: model(pictures))) == 0
+        assert launches(lambda: model(pictures)).looks == 0
         assert applied.trace[-1].tokens_out == (8, 8)
     film, frames = videomae(), clips()
     for method in (Evad(keep=0.7), Evad(keep=0.7, select="random"), "tome"):
         with foveate.apply(film, method):
-            assert looks(operations(lambda: film(frames))) == 0
+            assert launches(lambda: film(frames)).looks == 0
 
 
 def test_attention_is_let_go_of_before_the_forward_ends() -> None:

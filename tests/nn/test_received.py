@@ -51,6 +51,28 @@ print("equal")
 """
 
 
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from foveate.nn import received
+
+kinds = {"query": "*bf16", "key": "*bf16", "valid": "*u8", "scaling": "fp32"}
+kinds |= dict.fromkeys(("sums", "weight", "received"), "*fp32")
+constants = {"block": 64, "size": 64, "causal": True, "masked": True, "precise": False}
+for kernel in (received._row_sums, received._column_sums):
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 0
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_a_gpu_without_one() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert done.stdout == "compiled\n", done.stderr
+
+
 def test_column_sums_are_those_of_softmax() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)

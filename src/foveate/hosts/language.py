@@ -23,12 +23,12 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from foveate.hosts.host import Host, Record, named, split_read
-from foveate.hosts.sequence import Prefill, Remembered, Sequence, deal, marked, reslot, shorten
+from foveate.hosts.sequence import Prefill, Remembered, Sequence, deal, reslot, shorten
 from foveate.hosts.signals import LanguageSignals
-from foveate.hosts.taps import Tap, tap_transformers
+from foveate.hosts.taps import Taps, tap_transformers
 from foveate.method import InputError
 from foveate.nn.calls import AttentionCall, MlpCall
-from foveate.tokens import DROPPED, Tokens, predecessors, put, take
+from foveate.tokens import DROPPED, Tokens, marked, predecessors, put, take
 
 _PREFILL = "foveate_prefill"
 """The attribute of a cache that holds a `Prefill`."""
@@ -98,7 +98,7 @@ class VisionLanguageHost(Host):
         self.sequence: Sequence | None = None
         self.full_length = 0
         self.encoded: dict[str, list[EncodedImage]] = {}
-        self._taps: dict[int, Tap] = {}
+        self._taps = Taps("llm")
         self._inputs: _Inputs | None = None
         self._labels: Tensor | None = None
         # A prefill: the length of the prompt if generate runs, what entered, what each layer so far ran on, and the
@@ -114,7 +114,6 @@ class VisionLanguageHost(Host):
         self._late_mask: Tensor | None = None
         self._given_positions: Tensor | None = None
         self._pruned: frozenset[int] = frozenset()
-        self._forgets = False
         self._new = 0
         self._decoded: tuple[Remembered, tuple[Any, Any, Any]] | None = None
 
@@ -152,7 +151,7 @@ class VisionLanguageHost(Host):
         self.hook_vision(reads["vision"])
         self.pre(self.language, self._enter_language)
         acting = {stage: self.acting(stage, self.depth) for stage in self.language_stages}
-        self._pruned, self._forgets = acting["llm.decode"], self.forgets("llm")
+        self._pruned, self._taps.forgets = acting["llm.decode"], self.forgets("llm")
         for index, layer in enumerate(self.language.layers):
             self.pre(layer, self._layer_hook(index, index in acting["llm.layer"]))
             edits = index in acting["llm.attention"]
@@ -536,8 +535,7 @@ class VisionLanguageHost(Host):
     # -- the language model's output
 
     def _leave_language(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        for tap in self._taps.values():
-            tap.clear()
+        self._taps.let_go()
         sequence = self.sequence
         if sequence is None or self._past is not None:
             return None

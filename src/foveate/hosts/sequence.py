@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.tokens import DROPPED, Tokens, compacted
+from foveate.tokens import DROPPED, Tokens, compacted, marked
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +118,6 @@ def shorten(sequence: Sequence, keep: Tensor, renumber: bool) -> tuple[Sequence,
     # Without padding or anything hidden there is nothing to look for.
     whole = (full and sequence.valid is None) or bool(valid.all())
     return replace(sequence, index=index, valid=None if whole else valid, positions=positions, end=end), chosen
-
-
-def marked(slots: Tensor, length: int) -> Tensor:
-    """(B, length) bool: the places that `slots` (B, N) name; -1 names none."""
-    # The extra column takes the writes of "no place".
-    places = torch.zeros(len(slots), length + 1, dtype=torch.bool, device=slots.device)
-    return places.scatter_(1, torch.where(slots >= 0, slots, length), True)[:, :-1]
 
 
 def deal(slot: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from foveate.hosts.sequence import Sequence
-from foveate.hosts.taps import forget
 from foveate.method import Crops, InputError
 from foveate.nn.attention import Attention, attention_rows
 from foveate.tokens import DROPPED, compact, predecessors, take
@@ -73,11 +72,7 @@ class LanguageSignals(NoSignals):
     def attention(self, layer: int) -> Attention:
         """The attention of a layer that has run, restricted to the prompt when a generated text follows it."""
         host, sequence = self._host, self._sequence
-        if layer not in host._taps:
-            raise RuntimeError(f"name 'llm.attention[{layer}]' in Method.reads to look at it")
-        query, key, scaling = host._taps[layer].read()
-        if host._forgets:
-            forget(host._taps, layer)
+        query, key, scaling = host._taps.read(layer)
         generated = 0 if host._prompt is None else host.full_length - host._prompt
         length = query.shape[2] - generated
         # Tokens may have been dropped since: look each up by the patch that it carries.

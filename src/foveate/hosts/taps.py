@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,29 @@ def _tapped(
 AttentionInterface.register(_NAME, _tapped)
 
 
-def forget(taps: Mapping[int, Tap], layer: int) -> None:
-    """Lets go of what layers before that one computed."""
-    for index, tap in taps.items():
-        if index < layer:
-            tap.clear()
+class Taps(dict[int, Tap]):
+    """layer -> tap, of the layers whose attention is read; `name` is that of their stages.
+
+    `forgets`: whether they are asked for in ascending order, so that each lets go of those before it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.forgets = name, False
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, float]:
+        """See `Tap.read`. Raises RuntimeError for a layer that no method has announced."""
+        if layer not in self:
+            raise RuntimeError(f"name '{self.name}.attention[{layer}]' in Method.reads to look at it")
+        if self.forgets:
+            self.let_go(layer)
+        return self[layer].read()
+
+    def let_go(self, before: int | None = None) -> None:
+        """Lets go of what layers before that one computed, or all."""
+        for index, tap in self.items():
+            if before is None or index < before:
+                tap.clear()
 
 
 def tap_transformers(host: Host, attention: nn.Module, around: Callable[..., Tensor] | None = None) -> Tap:

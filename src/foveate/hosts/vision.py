@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from foveate.hosts.host import Host, named, split_read
 from foveate.hosts.signals import NoSignals
-from foveate.hosts.taps import Tap, forget, tap_timm, tap_transformers
+from foveate.hosts.taps import Tap, Taps, tap_timm, tap_transformers
 from foveate.method import Crops, HostShape, InputError, Method
 from foveate.nn.attention import Attention
 from foveate.tokens import Tokens, predecessors, take
@@ -111,8 +111,7 @@ class Encoder:
         self.slots = tower.config.num_frames // tower.config.tubelet_size if self.video else 1
         self.joined = 1
         self.grid: tuple[int, int] = self.native
-        self.taps: dict[int, Tap] = {}
-        self.forgets = False
+        self.taps = Taps("vision")
         self.pictures: tuple[Crops, ...] | None = None
         # (l, tokens) when they entered layer l, (l + 0.5, tokens) when they left its attention.
         self._steps: list[tuple[float, Tokens]] = []
@@ -141,7 +140,7 @@ class Encoder:
         if not reads <= set(range(self.layers)):
             raise InputError(f"a method reads the attention of encoder layer {max(reads)} of {self.layers}, from 0 on")
         plan, host = self.host.plan, self.host
-        self.forgets = host.forgets("vision")
+        self.taps.forgets = host.forgets("vision")
         host.pre(self.tower, self._begin)
         before, within = (host.acting(stage, self.layers) for stage in ("vision.layer", "vision.mlp"))
         for index, block in enumerate(self.blocks):
@@ -192,8 +191,7 @@ class Encoder:
 
     def clear(self) -> None:
         """Lets go of the recorded queries and keys."""
-        for tap in self.taps.values():
-            tap.clear()
+        self.taps.let_go()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         arguments = {"x": args[0], **kwargs} if self.timm else named(module, args, kwargs)
@@ -392,11 +390,7 @@ class VisionSignals(NoSignals):
 
     def _attention(self, layer: int, visual: Tensor) -> Attention:
         encoder = self._encoder
-        if layer not in encoder.taps:
-            raise RuntimeError(f"name 'vision.attention[{layer}]' in Method.reads to look at it")
-        query, key, scaling = encoder.taps[layer].read()
-        if encoder.forgets:
-            forget(encoder.taps, layer)
+        query, key, scaling = encoder.taps.read(layer)
         valid = encoder.valid(layer)
         return Attention(query.detach(), key.detach(), scaling, False, valid, valid, visual)
 

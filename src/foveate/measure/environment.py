@@ -22,8 +22,8 @@ def environment(
         "command": command(),
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "device": device_name(device),
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("foveate", "torch", "transformers", "accelerate")},
@@ -46,7 +46,13 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's own name; of other devices what PyTorch calls them."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def processor() -> str:
+    """The name of the CPU."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.tokens import Tokens
+from foveate.tokens import DROPPED, Tokens, marked
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +59,14 @@ class AttentionCall:
     @property
     def is_visual(self) -> Tensor:
         """(B, S) bool: which keys are visual tokens."""
-        length = self.key.shape[2]
-        marked = torch.zeros(len(self.visual), length + 1, dtype=torch.bool, device=self.visual.device)
-        return marked.scatter(1, torch.where(self.visual >= 0, self.visual, length), True)[:, :-1]
+        return marked(self.visual, self.key.shape[2])
 
     @property
     def on_patch(self) -> Tensor:
         """(B, N) bool: which visual tokens carry a patch, unlike newlines and padding."""
         source, count = self.tokens.source, self.visual.shape[1]
         number = torch.arange(source.shape[1], device=source.device)
-        carrier = torch.where((source >= 0) & (number < self.patches.unsqueeze(1)), source, count)
-        marked = torch.zeros(len(source), count + 1, dtype=torch.bool, device=source.device)
-        return marked.scatter(1, carrier, True)[:, :-1]
+        return marked(torch.where(number < self.patches.unsqueeze(1), source, DROPPED), count)
 
     @property
     def rows(self) -> Tensor:

@@ -2,7 +2,11 @@
 # (arguments of Triton kernels are pointers and numbers, for which there are no types)
 """Attention that tokens receive, on a GPU: column sums of softmax maps that are never in memory.
 
-Two sweeps over queries and keys: the first finds each row's logarithm of the sum of exponentials, the second adds up
+Of query (B, H, S, D), key (B, G, S, D) and weight (B, S), with A = softmax(q k^T scaling) in float32,
+
+    r[b, j] = mean over heads h of  sum_i weight[b, i] A[b, h, i, j]
+
+by two sweeps over queries and keys: the first finds each row's logarithm of the sum of exponentials, the second adds up
 the columns. Each costs as much as the product of queries and keys, and next to no memory. Needs Triton, which comes
 with PyTorch's builds for CUDA.
 """
@@ -39,17 +43,25 @@ def _logits(
 
 
 @triton.jit
+def _start(query, key, valid, length, heads, share, query_batch, query_head, key_batch, key_head):
+    """Where the queries, keys and mask of a program's sample and head begin."""
+    one = tl.program_id(0)
+    batch, head = (one // heads).to(tl.int64), one % heads
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + (head // share) * key_head
+    return query, key, valid + batch * length
+
+
+@triton.jit
 def _row_sums(
     query, key, valid, sums, length, width, heads, share,
     query_batch, query_head, query_step, key_batch, key_head, key_step, scaling,
     block: tl.constexpr, size: tl.constexpr, causal: tl.constexpr, masked: tl.constexpr, precise: tl.constexpr,
 ):  # fmt: skip
     """sums (B H, S): log2 of each row's sum of exponentials, +inf where a row sees nothing."""
-    one = tl.program_id(0)
-    batch, head = (one // heads).to(tl.int64), one % heads
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + (head // share) * key_head
-    valid += batch * length
+    query, key, valid = _start(
+        query, key, valid, length, heads, share, query_batch, query_head, key_batch, key_head
+    )  # fmt: skip
     row = tl.program_id(1) * block + tl.arange(0, block)
     greatest = tl.full((block,), float("-inf"), tl.float32)
     total = tl.zeros((block,), tl.float32)
@@ -64,7 +76,7 @@ def _row_sums(
         total = total * tl.exp2(greatest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         greatest = higher
     result = tl.where(total > 0, greatest + tl.log2(total), float("inf"))
-    tl.store(sums + one.to(tl.int64) * length + row, result, row < length)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * length + row, result, row < length)
 
 
 @triton.jit
@@ -74,12 +86,10 @@ def _column_sums(
     block: tl.constexpr, size: tl.constexpr, causal: tl.constexpr, masked: tl.constexpr, precise: tl.constexpr,
 ):  # fmt: skip
     """received (B H, S): of each column the sum over rows i of weight[i] 2^(logit - sums[i])."""
-    one = tl.program_id(0)
-    batch, head = (one // heads).to(tl.int64), one % heads
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + (head // share) * key_head
-    valid += batch * length
-    weight += batch * length
+    query, key, valid = _start(
+        query, key, valid, length, heads, share, query_batch, query_head, key_batch, key_head
+    )  # fmt: skip
+    weight += (tl.program_id(0) // heads).to(tl.int64) * length
     column = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
     start = tl.program_id(1) * block if causal else 0
@@ -89,10 +99,10 @@ def _column_sums(
             query, key, valid, row, column, size, length, width,
             query_step, key_step, scaling, causal, masked, precise,
         )  # fmt: skip
-        base = tl.load(sums + one.to(tl.int64) * length + row, row < length, float("inf"))
+        base = tl.load(sums + tl.program_id(0).to(tl.int64) * length + row, row < length, float("inf"))
         counts = tl.load(weight + row, row < length, 0.0)
         total += tl.sum(tl.exp2(logits - base[:, None]) * counts[:, None], 0)
-    tl.store(received + one.to(tl.int64) * length + column, total, column < length)
+    tl.store(received + tl.program_id(0).to(tl.int64) * length + column, total, column < length)
 
 
 @torch.library.custom_op("foveate::column_sums", mutates_args=())

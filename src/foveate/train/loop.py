@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from foveate.measure.environment import device_name, processor
 from foveate.method import InputError
 
 Batch = dict[str, Tensor]
@@ -243,7 +244,7 @@ def train(
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "processes": accelerator.num_processes,
-        "device": _device_name(accelerator.device),
+        "device": device_name(accelerator.device),
         "training_seconds": round(seconds, 1),
         "evaluation_seconds": round(time.monotonic() - evaluated, 1),
         **environment(),
@@ -270,7 +271,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "cpu": _cpu_model(), "cores": os.cpu_count()}
+    return {"versions": versions, "cpu": processor(), "cores": os.cpu_count()}
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -285,19 +286,6 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, {"format": "pt"})
     os.replace(partial, file)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _mixed(*numbers: int) -> int:

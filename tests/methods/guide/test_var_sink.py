@@ -521,7 +521,7 @@ def test_the_last_layer_is_left_out_unless_asked_for() -> None:
             signals: Any = StatesOnly(torch.randn(1, 9, 32), torch.arange(2, 6)[None])
             at = Stage("llm.layer", layer, HOST, signals, tokens.count, torch.ones(1, dtype=torch.bool))
             method = VarSink(last_layer=last_layer)
-            if layer in (method.layers_at("llm.layer", HOST) or ()):
+            if layer in method.layers_at("llm.layer", HOST):
                 method.find(tokens, at)
             acting += [layer] * len(at.memory)
         assert acting == expected

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from foveate.method import Card, Claim, HostShape, InputError, Method, Stage, at, choice, register, whole, within
 from foveate.nn.calls import AttentionCall
-from foveate.tokens import Tokens, compact
+from foveate.tokens import Tokens, compact, marked
 
 _FIRST = 2
 """Layers 0 and 1 have no sinks yet."""
@@ -209,7 +209,7 @@ def note(sinks: Tensor, tokens: Tokens, slots: Tensor, prompt: Tensor) -> tuple[
     """Sinks (B, S) by what does not change when tokens leave the cache: (B, M) by patch, (B, T) by word of the text."""
     visual = sinks.gather(1, slots.clamp(min=0)) & (slots >= 0)
     by_patch = visual.gather(1, tokens.source.clamp(min=0)) & (tokens.source >= 0)
-    words = compact(prompt & ~_marked(slots, sinks.shape[1]))
+    words = compact(prompt & ~marked(slots, sinks.shape[1]))
     return by_patch, sinks.gather(1, words.clamp(min=0)) & (words >= 0)
 
 
@@ -218,16 +218,10 @@ def recall(noted: tuple[Tensor, Tensor], call: AttentionCall) -> Tensor:
     by_patch, by_word = noted
     count, length = call.visual.shape[1], call.key.shape[2]
     source = call.tokens.source
-    token = _marked(torch.where(by_patch, source, -1), count)
-    visual = _marked(torch.where(token, call.visual, -1), length)
+    token = marked(torch.where(by_patch, source, -1), count)
+    visual = marked(torch.where(token, call.visual, -1), length)
     text = call.prompt & ~call.is_visual
     number = (text.cumsum(1) - 1).clamp(min=0)
     # One word more, which is never a sink, so that there is one to look up.
     by_word = F.pad(by_word, (0, 1)).expand(len(text), -1)
     return visual | (text & by_word.gather(1, number.clamp(max=by_word.shape[1] - 1)))
-
-
-def _marked(index: Tensor, length: int) -> Tensor:
-    """(B, length) bool: True at `index` (B, N); -1 marks nothing."""
-    marked = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
-    return marked.scatter(1, torch.where(index >= 0, index, length), True)[:, :-1]

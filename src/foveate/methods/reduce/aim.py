@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from foveate.method import (
 )
 from foveate.nn.attention import Attention
 from foveate.nn.matching import partners
-from foveate.tokens import Tokens, topk_in_order
+from foveate.tokens import Tokens, marked, topk_in_order
 
 
 @register
@@ -236,6 +237,4 @@ def importance(attention: Attention, temperature: float, iterations: int, dampin
 
 def hide_others(tokens: Tokens, chosen: Tensor) -> Tokens:
     """The same tokens, with all but those at `chosen` (B, K) hidden from attention instead of removed."""
-    valid = torch.zeros(tokens.x.shape[0], tokens.x.shape[1] + 1, dtype=torch.bool, device=tokens.x.device)
-    valid.scatter_(1, torch.where(chosen >= 0, chosen, tokens.x.shape[1]), True)
-    return Tokens(tokens.x, tokens.position, tokens.size, tokens.source, valid[:, :-1])
+    return replace(tokens, valid=marked(chosen, tokens.x.shape[1]))

@@ -27,7 +27,7 @@ from foveate.method import (
     whole,
     within,
 )
-from foveate.tokens import Tokens, compact, topk_in_order
+from foveate.tokens import DROPPED, Tokens, compact, marked, topk_in_order
 
 _KEY = "mustdrop.key"
 """The mark of patches whose token is in the key set."""
@@ -398,15 +398,10 @@ def window_scores(x: Tensor, window: Tensor) -> Tensor:
 
 def _carried(tokens: Tokens, chosen: Tensor) -> Tensor:
     """(B, M) bool: source patches that one of the tokens at `chosen` (B, K) carries; -1 is no token."""
-    count = tokens.x.shape[1]
-    mark = torch.zeros(len(chosen), count + 1, dtype=torch.bool, device=chosen.device)
-    mark.scatter_(1, torch.where(chosen >= 0, chosen, count), True)
-    mark[:, -1] = False
-    return mark.gather(1, tokens.source % (count + 1))
+    mark = marked(chosen, tokens.x.shape[1])
+    return mark.gather(1, tokens.source.clamp(min=0)) & (tokens.source >= 0)
 
 
 def _marked(tokens: Tokens, mark: Tensor) -> Tensor:
     """(B, N) bool: tokens that carry a source patch whose `mark` (B, M) is not 0."""
-    count = tokens.x.shape[1]
-    found = torch.zeros(len(mark), count + 1, dtype=torch.bool, device=mark.device)
-    return found.scatter(1, torch.where(mark != 0, tokens.source % (count + 1), count), True)[:, :-1]
+    return marked(torch.where(mark != 0, tokens.source, DROPPED), tokens.x.shape[1])

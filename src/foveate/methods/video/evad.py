@@ -43,9 +43,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "tiny": {
         "image": 96, "frames": 8, "patch": 8, "hidden": 128, "layers": 6, "heads": 4, "levels": (1, 2, 4, 5),
         "drops": (2, 3, 5), "drop_path": 0.0, "channels": 64, "dynamic": 16, "feedforward": 256, "proposals": 12,
-        "stages": 3,
-        "decoder_hidden": 96, "decoder_layers": 3, "decoder_heads": 3, "decoder_drop_path": 0.0, "classifier": 256,
-        "classes": 12,
+        "stages": 3, "decoder_hidden": 96, "decoder_layers": 3, "decoder_heads": 3, "decoder_drop_path": 0.0,
+        "classifier": 256, "classes": 12,
     },
 }  # fmt: skip
 """Arguments of `EvadDetector` by name: the paper's ViT-B (the defaults) and ViT-L, and this project's "tiny"."""
@@ -221,12 +220,12 @@ class Evad(Method):
     @at("vision.mlp")
     def drop(self, tokens: Tokens, at: Stage) -> Tokens:
         batch, count = tokens.x.shape[:2]
-        keyframe = tokens.position[..., 0].round() == at.host.slots // 2
         left = self.after(count, at.host.patches // at.host.slots)
         if left == count:
             return tokens
         if tokens.valid is not None:
             raise InputError("evad drops equally many tokens of each clip; let no other method act before it")
+        keyframe = tokens.position[..., 0].round() == at.host.slots // 2
         if self.select == "random":
             score = self.lot(count, at.layer).to(tokens.x.device).expand(batch, -1)
         else:
