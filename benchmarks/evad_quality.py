@@ -47,7 +47,7 @@ def load(folder: Path, scenes: int) -> tuple[EvadDetector, EvadSettings, dict[st
 
 
 def no_knowledge(clips: Clips, settings: EvadSettings) -> dict[str, Any]:
-    truth = [(one.boxes, one.labels) for one in (sample_of(clips, k, settings) for k in range(settings.test_scenes))]
+    truth = [(one.boxes, one.labels) for one in (sample_of(clips[k], settings) for k in range(settings.test_scenes))]
     return frame_map([(boxes, torch.ones(labels.shape)) for boxes, labels in truth], truth, ACTIONS)
 
 

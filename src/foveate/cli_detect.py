@@ -61,15 +61,15 @@ def detect(
             _check_file(option, file, ending, video)
     at_least("--batch-size", batch_size, 1)
     info = probe(video)
-    detector, labels, usual = _load(model)
+    detector, labels, usual_rate, usual_short = _load(model)
     if keep is not None:
         detector.set_dropout(keep=keep)
     accelerator = make_accelerator(device)
     detector.to(accelerator.device if device == "auto" else device)
     watch = Stopwatch()
     detection = Detection(
-        video, detector, labels, every=every, rate=usual if rate is None else rate, short=short, person=person,
-        action=action, batch=batch_size, watch=watch,
+        video, detector, labels, every=every, rate=usual_rate if rate is None else rate,
+        short=usual_short if short is None else short, person=person, action=action, batch=batch_size, watch=watch,
     )  # fmt: skip
     annotation = None if out is None else Annotation(video, out, labels, watch)
     facts = _facts(video, info, model, detector, detection)
@@ -88,11 +88,10 @@ def _check_file(option: str, file: Path, ending: str, video: Path) -> None:
     check_folder(file.parent)
 
 
-def _load(model: str) -> tuple[EvadDetector, list[str], float]:
-    """The detector, names of its actions, and frames a second that it is made for."""
+def _load(model: str) -> tuple[EvadDetector, list[str], float, int | None]:
+    """The detector, names of its actions, frames a second that it is made for, and px of their shorter side."""
     from foveate import zoo
-    from foveate.zoo.detector import labels, load_detector
-    from foveate.zoo.detector import rate as usual_rate
+    from foveate.zoo.detector import labels, load_detector, rate, short
 
     if model in zoo.names():
         folder = zoo.path(model)
@@ -103,7 +102,7 @@ def _load(model: str) -> tuple[EvadDetector, list[str], float]:
     else:
         raise InputError(f"unknown detector {model!r}: neither shipped ({DEFAULT_MODEL}), nor a folder here")
     detector = load_detector(folder)
-    return detector, labels(folder, detector.classes), usual_rate(folder)
+    return detector, labels(folder, detector.classes), rate(folder), short(folder)
 
 
 def _facts(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,9 @@ def test_a_frame_only_model_sees_the_keyframe_and_is_asked_the_same() -> None:
     for frame in range(8):
         assert torch.equal(still["clip"][0, :, frame], key)
         assert torch.equal(moving["clip"][0, :, frame], key) == (frame == 4)
-    assert all(torch.equal(moving[name], still[name]) for name in moving if name != "clip")
+    assert all(torch.equal(moving[name], still[name]) for name in moving if name not in ("clip", "shown"))
+    slots = still["shown"].view(2, 4, -1)
+    assert torch.equal(slots, slots[:, :1].expand_as(slots))
     settings = EvadSettings(**(EvadRecipe.smoke | {"frame_only": True, "test_scenes": 3}))
     knows: Any = Knows(Clips("test", 0, frames=16, size=48), 3)
     evaluate(knows, knows.clips, settings)
@@ -74,6 +78,56 @@ def test_every_step_has_the_next_dropout_and_the_model_keeps_its_own() -> None:
     assert made.model.dropout.keep == 0.6
 
 
+def test_which_tokens_show_an_actor() -> None:
+    made = recipe()
+    shown = made.batch(0, 0, 1)["shown"].view(2, 4, 6, 6)
+    for number in range(2):
+        owner = Clips("train", 3, frames=16, size=48)[number].owner
+        for (t, y, x), found in np.ndenumerate(shown[number].numpy()):
+            # A slot is two frames of which every second one is seen.
+            there = (owner[[4 * t, 4 * t + 2], 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] >= 0).any()
+            assert found == there, (number, t, y, x)
+
+
+@pytest.mark.parametrize("change", [{}, {"keep": 1.0}, {"select": "random"}, {"protect_keyframe": False}], ids=str)
+def test_guidance_is_the_divergence_of_scores_from_actors(change: dict[str, Any]) -> None:
+    made = recipe(vary=False, guide=0.5, **change)
+    detector, batch = made.detector, made.batch(0, 0, 1)
+    # On the CPU, random tokens are drawn in the order of the calls.
+    torch.manual_seed(0)
+    loss, parts = made.loss(made.model, batch)
+    assert not detector.guided
+    detector.guided = True
+    torch.manual_seed(0)
+    found = detector(normalised(batch["clip"]))
+    wanted, _ = detector.loss(found, batch["boxes"], batch["labels"], batch["present"])
+    encoded, total = found.encoded, 0.0
+    assert len(encoded.received) == 3 and encoded.grid == (4, 6, 6)
+    for index, score in encoded.received:
+        for clip in range(2):
+            places = [int(place) for place in encoded.order[index[clip]]]
+            others = [k for k, place in enumerate(places) if change.get("protect_keyframe") is False or place // 36 != 2]
+            actors = [k for k in others if batch["shown"][clip, places[k]]]
+            mass = sum(float(score[clip, k]) for k in others)
+            total += sum(math.log(1 / len(actors) / (float(score[clip, k]) / mass)) / len(actors) for k in actors) / 6
+    assert parts["guide"] == pytest.approx(total, rel=1e-4)
+    assert float(loss) == pytest.approx(float(wanted) + 0.5 * total, rel=1e-4)
+
+
+def test_guidance_moves_attention_to_actors() -> None:
+    made = recipe(vary=False, guide=1.0, batch=4)
+    batch = made.batch(0, 0, 1)
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=3e-3)
+    figures = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss, parts = made.loss(made.model, batch)
+        loss.backward()
+        optimizer.step()
+        figures.append(parts["guide"])
+    assert figures[-1] < 0.7 * figures[0]
+
+
 def test_rates() -> None:
     made = recipe(head_rate=8.0)
     for name, _ in made.model.named_parameters():
@@ -83,6 +137,8 @@ def test_rates() -> None:
         EvadSettings(config="huge")
     with pytest.raises(InputError, match="head_rate"):
         EvadSettings(head_rate=0.0)
+    with pytest.raises(InputError, match="guide must be >= 0"):
+        EvadSettings(guide=-0.1)
 
 
 class Knows:
@@ -144,6 +200,10 @@ def test_a_trained_detector_is_where_training_begins(tmp_path: Path) -> None:
     assert longer.detector.backbone.config.num_frames == 16
     for (name, ours), theirs in zip(longer.detector.named_parameters(), first.detector.parameters()):
         assert torch.equal(ours, theirs), name
+    # Larger clips keep the table of positions.
+    larger = recipe(size=64, start=str(tmp_path))
+    assert larger.detector.backbone.config.image_size == 48 and larger.batch(0, 0, 1)["clip"].shape[-1] == 64
+    larger.loss(larger.model, larger.batch(0, 0, 1))
     with pytest.raises(InputError, match="has another shape"):
         recipe(hidden=32, start=str(tmp_path))
     with pytest.raises(InputError, match="no model here"):

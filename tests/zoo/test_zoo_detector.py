@@ -8,7 +8,7 @@ import torch
 
 from foveate import zoo
 from foveate.method import InputError
-from foveate.zoo.detector import labels, load_detector, rate
+from foveate.zoo.detector import labels, load_detector, rate, short
 from tiny_video import detector
 
 
@@ -25,12 +25,12 @@ def test_a_folder_gives_back_what_was_saved(tmp_path: Path) -> None:
 
 def test_it_looks_as_often_as_it_was_trained_to(tmp_path: Path) -> None:
     """Clips of scenes have 15 frames a second; the paper takes every fourth of 30."""
-    assert rate(tmp_path) == 7.5
+    assert rate(tmp_path) == 7.5 and short(tmp_path) is None
     for stride, frames_a_second in ((1, 15.0), (2, 7.5), (3, 5.0)):
-        (tmp_path / "metrics.json").write_text(json.dumps({"training": {"settings": {"stride": stride}}}))
-        assert rate(tmp_path) == frames_a_second
+        (tmp_path / "metrics.json").write_text(json.dumps({"training": {"settings": {"stride": stride, "size": 96}}}))
+        assert rate(tmp_path) == frames_a_second and short(tmp_path) == 96
     (tmp_path / "metrics.json").write_text("{}")
-    assert rate(tmp_path) == 7.5
+    assert rate(tmp_path) == 7.5 and short(tmp_path) is None
 
 
 def test_names_of_actions(tmp_path: Path) -> None:

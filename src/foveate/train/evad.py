@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foveate.data.ava import ActionSample, collate, from_clip
-from foveate.data.scenes import ACTIONS, Clips
+from foveate.data.scenes import ACTIONS, Clip, Clips
 from foveate.measure.detection import box_average_precision, frame_map
 from foveate.method import InputError
-from foveate.methods.video.evad import CONFIGURATIONS, Evad, EvadDetector, normalised
+from foveate.methods.video.evad import CONFIGURATIONS, Encoded, Evad, EvadDetector, normalised
 from foveate.train.loop import Batch, Recipe, Settings, write_json
 from foveate.zoo.detector import load_detector
 
@@ -45,8 +46,11 @@ class EvadSettings(Settings):
         hidden, layers, heads: of the encoder; 0 for the configuration's.
         keep, select, protect_keyframe: of the dropout, see `foveate.methods.video.evad.Evad`.
         vary: whether each step of training uses the next of `VARIANTS` instead.
-        start: folder of a trained detector whose weights are the first; with another number of frames, too.
+        start: folder of a trained detector whose weights and size of positions are the first; with clips of another
+            size or number of frames, too.
         head_rate: learning rate of heads and decoder in multiples of `lr` (the paper, fine-tuning: 8).
+        guide: weight of a term (ours) by which tokens that show an actor are to receive the attention of the layers
+            that drop, see `guidance`.
         frame_only: whether all frames are the keyframe, in training and in evaluation: a model that sees no motion, to
             compare with.
     """
@@ -70,6 +74,7 @@ class EvadSettings(Settings):
     vary: bool = True
     start: str = ""
     head_rate: float = 1.0
+    guide: float = 0.0
     frame_only: bool = False
 
     def __post_init__(self) -> None:
@@ -78,23 +83,31 @@ class EvadSettings(Settings):
             raise InputError(f"config must be one of {', '.join(CONFIGURATIONS)}, not {self.config!r}")
         if self.head_rate <= 0:
             raise InputError(f"head_rate must be > 0, not {self.head_rate}")
+        if self.guide < 0:
+            raise InputError(f"guide must be >= 0, not {self.guide}")
 
 
 class _Objective(nn.Module):
     """All that is computed on a batch in one `forward`, as several processes need it."""
 
-    def __init__(self, detector: EvadDetector, vary: bool) -> None:
+    def __init__(self, detector: EvadDetector, vary: bool, guide: float) -> None:
         super().__init__()
-        self.detector, self.vary = detector, vary
+        self.detector, self.vary, self.guide = detector, vary, guide
         self.dropout: Evad = detector.dropout
 
     def forward(
-        self, step: Tensor, clip: Tensor, size: Tensor, boxes: Tensor, labels: Tensor, present: Tensor
+        self, step: Tensor, clip: Tensor, size: Tensor, boxes: Tensor, labels: Tensor, present: Tensor, shown: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         change = VARIANTS[int(step) % len(VARIANTS)] if self.vary else {}
         self.detector.set_dropout(**(self.dropout.hyperparameters() | change))
+        self.detector.guided = self.guide > 0
         found = self.detector(normalised(clip), size)
-        return self.detector.loss(found, boxes, labels, present)
+        self.detector.guided = False
+        loss, parts = self.detector.loss(found, boxes, labels, present)
+        if self.guide:
+            parts["guide"] = guidance(found.encoded, shown, self.detector.dropout.protect_keyframe)
+            loss = loss + self.guide * parts["guide"]
+        return loss, parts
 
 
 class EvadRecipe(Recipe):
@@ -115,13 +128,17 @@ class EvadRecipe(Recipe):
         if settings.layers:
             changes["levels"] = tuple(settings.layers * (k + 1) // 4 - 1 for k in range(4))
             changes["drops"] = (0.25, 0.5, 0.75)
+        start = load_detector(settings.start) if settings.start else None
+        if start is not None:
+            # As from pre-training to fine-tuning: what is learnt goes with its positions, which are resized.
+            changes["image"] = start.backbone.config.image_size
         self.detector = EvadDetector.named(settings.config, **changes).train()
-        if settings.start:
+        if start is not None:
             try:
-                self.detector.load_state_dict(load_detector(settings.start).state_dict())
+                self.detector.load_state_dict(start.state_dict())
             except RuntimeError:
                 raise InputError(f"start: the detector in {settings.start} has another shape") from None
-        self.model: _Objective = _Objective(self.detector, settings.vary)
+        self.model: _Objective = _Objective(self.detector, settings.vary, settings.guide)
         self.clips = self._clips("train", seed)
 
     def _clips(self, split: str, seed: int) -> Clips:
@@ -134,8 +151,11 @@ class EvadRecipe(Recipe):
     def batch(self, step: int, rank: int, world: int) -> Batch:
         first = step * self.settings.batch
         numbers = range(first + rank, first + self.settings.batch, world)
-        clips = collate([sample_of(self.clips, number, self.settings) for number in numbers])
-        return {"step": torch.tensor(step), **clips}
+        clips = [self.clips[number] for number in numbers]
+        detector = self.detector
+        shown = [shows_actor(clip, self.settings, detector.tubelet, detector.patch) for clip in clips]
+        samples = collate([sample_of(clip, self.settings) for clip in clips])
+        return {"step": torch.tensor(step), **samples, "shown": torch.stack(shown)}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         loss, parts = model(**batch)
@@ -159,13 +179,41 @@ class EvadRecipe(Recipe):
         return {"split": "test", "clips": self.settings.test_scenes, "by_dropout": figures}
 
 
-def sample_of(clips: Clips, number: int, settings: EvadSettings) -> ActionSample:
+def sample_of(clip: Clip, settings: EvadSettings) -> ActionSample:
     """What the model sees of a clip, and who does what in its keyframe."""
-    sample = from_clip(clips[number], settings.stride)
+    sample = from_clip(clip, settings.stride)
     if not settings.frame_only:
         return sample
     frames = sample.clip.shape[1]
     return dataclasses.replace(sample, clip=sample.clip[:, [frames // 2] * frames])
+
+
+def shows_actor(clip: Clip, settings: EvadSettings, tubelet: int, patch: int) -> Tensor:
+    """(N,) bool: which of the clip's tokens, in time order, show a pixel of an actor."""
+    owner = torch.from_numpy(clip.owner[clip.keyframe % settings.stride :: settings.stride])
+    if settings.frame_only:
+        owner = owner[[len(owner) // 2] * len(owner)]
+    blocks = (owner >= 0).unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).unflatten(0, (-1, tubelet))
+    return blocks.any(5).any(3).any(1).flatten()
+
+
+def guidance(encoded: Encoded, shown: Tensor, protected: bool) -> Tensor:
+    """How far the attention that tokens receive is from attention to actors: a mean over the layers that score tokens.
+
+    Of each clip, the divergence of the scores, as shares, from equal shares of all tokens that show an actor, those in
+    `shown` (B, N) bool; tokens that stay in any case, the keyframe's where it is `protected`, are left out. Encoders
+    that were pre-trained on actions need nothing of this kind; without, attention prefers slots to actors.
+    """
+    frame = encoded.grid[1] * encoded.grid[2]
+    losses = []
+    for index, score in encoded.received:
+        counts = index >= frame if protected else torch.ones_like(index, dtype=torch.bool)
+        wanted = (shown.gather(1, encoded.order[index]) & counts).float()
+        score = score * counts
+        share = score / score.sum(1, keepdim=True)
+        wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=1)
+        losses.append(F.kl_div(share.clamp(min=1e-9).log(), wanted, reduction="batchmean"))
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -181,7 +229,7 @@ def evaluate(detector: EvadDetector, clips: Clips, settings: EvadSettings) -> di
     found, persons, truth = [], [], []
     for first in range(0, settings.test_scenes, settings.batch):
         numbers = range(first, min(first + settings.batch, settings.test_scenes))
-        samples = [sample_of(clips, number, settings) for number in numbers]
+        samples = [sample_of(clips[number], settings) for number in numbers]
         batch = collate(samples)
         pixels, size = normalised(batch["clip"].to(device)), batch["size"].to(device)
         for sample, one in zip(samples, detector.detect(pixels, size, threshold=0.0)):

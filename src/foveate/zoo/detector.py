@@ -62,11 +62,22 @@ def labels(folder: str | Path, count: int) -> list[str]:
 def rate(folder: str | Path) -> float:
     """Frames a second that the detector there looks at: as its `metrics.json` says that it was trained on scenes, or
     without such a file `RATE`."""
+    stride = _trained(folder, "stride")
+    return RATE if stride is None else SCENES_RATE / stride
+
+
+def short(folder: str | Path) -> int | None:
+    """Px of the shorter side of the frames that the detector there was trained on, if its `metrics.json` says so; its
+    table of positions may be for another size."""
+    return _trained(folder, "size")
+
+
+def _trained(folder: str | Path, setting: str) -> int | None:
+    """A setting, at least 1, of the training that `metrics.json` tells of."""
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
-        return RATE
+        return None
     try:
-        stride = read_json(folder, "metrics.json", "detector")["training"]["settings"]["stride"]
-        return SCENES_RATE / whole("stride", stride, 1)
+        return whole(setting, read_json(folder, "metrics.json", "detector")["training"]["settings"][setting], 1)
     except (KeyError, TypeError):
-        return RATE
+        return None

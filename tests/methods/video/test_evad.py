@@ -281,13 +281,17 @@ def test_scores_in_blocks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = made
     rows = torch.rand(2, 10, generator=generator)
     weights = (query @ key.transpose(-1, -2) / 2).softmax(-1)
-    wanted = torch.autograd.grad((weights @ value).square().sum(), made)
+    wanted = torch.autograd.grad((weights @ value).square().sum(), made, retain_graph=True)
     monkeypatch.setattr(module, "_CHUNK", chunk)
     out, score = module.attention_and_score(query, key, value, rows)
     torch.testing.assert_close(out, weights @ value)
     torch.testing.assert_close(score, (weights * rows[:, None, :, None]).mean((1, 2)).detach())
     assert not score.requires_grad
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), made), wanted)
+    _, guided = module.attention_and_score(query, key, value, rows, guided=True)
+    torch.testing.assert_close(guided.detach(), score)
+    wanted = torch.autograd.grad((weights * rows[:, None, :, None]).mean((1, 2)).square().sum(), made[:2])
+    torch.testing.assert_close(torch.autograd.grad(guided.square().sum(), made[:2]), wanted)
 
 
 # -- positions

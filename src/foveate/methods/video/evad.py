@@ -255,12 +255,15 @@ class Encoded:
             first s are 0 … s - 1, and `index[:, s:] - s` is idx.
         frames: the keyframe's tokens (B, s, D) after some layers, without a norm, for the feature pyramid.
         grid: (t, h, w).
+        received: where `EvadDetector.guided` asks for it, of each layer that scores tokens their places `index` and
+            the scores, both (B, K') with the K' that it began with.
     """
 
     tokens: Tensor
     index: Tensor
     frames: list[Tensor]
     grid: tuple[int, int, int]
+    received: list[tuple[Tensor, Tensor]]
 
     @property
     def order(self) -> Tensor:
@@ -332,6 +335,8 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
 
     positions: Tensor
     decoder_positions: Tensor
+    guided = False
+    """Whether `Encoded.received` has the attention that tokens receive, with gradients, also where all of them stay."""
 
     def __init__(
         self, *, image: int = 224, frames: int = 16, patch: int = 16, tubelet: int = 2, hidden: int = 768,
@@ -470,25 +475,32 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         index = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         dropout, layers = self.dropout, self.backbone.encoder.layer
         drops, frames, canvas = dropout.drops(len(layers)), [], x[:, :frame]
+        watched = [at_depth("layers", layer, len(layers)) for layer in dropout.layers] if self.guided else []
+        received = []
         for number, (layer, path) in enumerate(zip(layers, self.paths)):
             left = dropout.after(x.shape[1], frame) if number in drops else x.shape[1]
-            if left == x.shape[1]:
-                x = self._feed(layer, self._attend(layer, x, path), path)
+            drop = left < x.shape[1]
+            if number in watched or (drop and dropout.select == "attention"):
+                x, score = self._scored(layer, x, path, torch.where(index < frame, dropout.weight, 1.0))
+                if number in watched:
+                    received.append((index, score))
             else:
-                rows = torch.where(index < frame, dropout.weight, 1.0)
-                x, score = self._scored(layer, x, path, rows, number)
+                x = self._attend(layer, x, path)
+            if drop:
                 if not dropout.protect_keyframe:
                     canvas = onto(canvas, x, index)
+                if dropout.select == "random":
+                    score = self._lot(index, number)
                 chosen = dropout.chosen(score, index < frame, left, ordered=not self.released_order)
                 x, index = take(x, chosen), index.gather(1, chosen)
-                x = self._feed(layer, x, path)
+            x = self._feed(layer, x, path)
             if number in self.levels:
                 # A token of the keyframe that was dropped all the same stays as it was.
                 canvas = x[:, :frame] if dropout.protect_keyframe else onto(canvas, x, index)
                 frames.append(canvas)
         if self.released_order:
             index = index.sort(1).values
-        return Encoded(self.backbone.layernorm(x), index, frames, grid)
+        return Encoded(self.backbone.layernorm(x), index, frames, grid, received)
 
     def _places(self, table: str, grid: tuple[int, int, int], like: Tensor) -> Tensor:
         """`resized` of that table, made once for clips of one size: on a GPU, bicubic takes longer than some layers."""
@@ -502,20 +514,22 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def _attend(self, layer: Any, x: Tensor, path: float) -> Tensor:
         return x + self._survives(layer.attention(layer.layernorm_before(x)), path)
 
-    def _scored(self, layer: Any, x: Tensor, path: float, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def _scored(self, layer: Any, x: Tensor, path: float, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `_attend`, and the score (B, N) of each token."""
-        if self.dropout.select == "random":
-            # In training another lot for each clip and step.
-            score = torch.rand_like(rows) if self.training else self.dropout.lot(x.shape[1], number).to(rows)
-            return self._attend(layer, x, path), score.expand(len(x), -1)
         normed, inner = layer.layernorm_before(x), layer.attention.attention
         query, key, value = (
             project(normed).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
             for project in (inner.query, inner.key, inner.value)
         )
-        out, score = attention_and_score(query, key, value, rows)
+        out, score = attention_and_score(query, key, value, rows, self.guided)
         out = layer.attention.output(out.transpose(1, 2).flatten(2), normed)
         return x + self._survives(out, path), score
+
+    def _lot(self, index: Tensor, number: int) -> Tensor:
+        """Random scores (B, N): in training another lot for each clip and step."""
+        if self.training:
+            return torch.rand(index.shape, device=index.device)
+        return self.dropout.lot(index.shape[1], number).to(index.device).expand(len(index), -1)
 
     def _feed(self, layer: Any, x: Tensor, path: float) -> Tensor:
         hidden = layer.intermediate(layer.layernorm_after(x))
@@ -647,16 +661,18 @@ def onto(canvas: Tensor, x: Tensor, index: Tensor) -> Tensor:
     return F.pad(canvas, (0, 0, 0, 1)).scatter(1, target, x)[:, :frame]
 
 
-def attention_and_score(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def attention_and_score(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, guided: bool = False
+) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v (B, H, N, d), and what each token receives: (B, N) float32, the mean over heads and
     rows i of `rows` (B, N) x attention.
 
     The map is needed for both, so each part of it is computed once, in blocks of some heads and rows; the whole of it
     is never in memory, unless a gradient needs it. On a GPU fused attention and a kernel for the scores take less time,
-    although each computes it. Scores carry no gradient.
+    although each computes it. Scores carry a gradient only where they are `guided`.
     """
     batch, heads, count, width = query.shape
-    if (column_sums := kernel(query.device)) is not None:
+    if not guided and (column_sums := kernel(query.device)) is not None:
         fused = F.scaled_dot_product_attention(query, key, value)
         return fused, column_sums(query, key, width**-0.5, rows, False, None) / count
     chunk = _CHUNK if query.device.type == "cpu" else _CHUNK_ACCELERATOR
@@ -669,7 +685,7 @@ def attention_and_score(query: Tensor, key: Tensor, value: Tensor, rows: Tensor)
         for part, row in zip(q.split(few, 2), rows.split(few, 1)):
             weights = (part @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32)
             parts.append(weights.to(v.dtype) @ v)
-            score = score + (row[:, None, None] @ weights.detach()).sum((1, 2))
+            score = score + (row[:, None, None] @ (weights if guided else weights.detach())).sum((1, 2))
         out.append(torch.cat(parts, 2))
     return torch.cat(out, 1), score / (heads * count)
 
