@@ -128,6 +128,38 @@ def test_merge_against_a_loop(weighted: bool) -> None:
                 torch.testing.assert_close(merged.position[b, group], slow_position(merged, original, b, group))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("groups", [3, 9, 10, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_merge_against_a_loop(dtype: torch.dtype, groups: int, weighted: bool) -> None:
+    """Only where tokens meet it adds; a lone token is copied."""
+    torch.manual_seed(groups)
+    tokens = fresh(3, (3, 4), dtype=dtype)
+    x = tokens.x.clone().requires_grad_()
+    every = torch.arange(groups).expand(3, -1)
+    into = torch.cat([every, torch.randint(groups, (3, 12 - groups))], 1)
+    into = into.gather(1, torch.stack([torch.randperm(12) for _ in range(3)]))
+    weight = torch.rand(3, 12) + 0.1 if weighted else None
+    merged = tokens.with_x(x).merge(into, weight, groups, full=True)
+    check(merged)
+    assert merged.valid is None and merged.x.dtype == dtype
+    rows = []
+    for b in range(3):
+        for group in range(groups):
+            members = [j for j in range(12) if int(into[b, j]) == group]
+            w = torch.ones(len(members)) if weight is None else weight[b, members]
+            rows.append((w.unsqueeze(1) * x[b, members].float()).sum(0) / w.sum())
+            assert merged.source[b, members].tolist() == [group] * len(members)
+            if len(members) == 1:
+                assert torch.equal(merged.x[b, group], x[b, members[0]])
+    wanted = torch.stack(rows).view(3, groups, -1)
+    torch.testing.assert_close(merged.x, wanted.to(dtype))
+    pull = torch.randn_like(wanted)
+    (ours,) = torch.autograd.grad((merged.x.float() * pull).sum(), x)
+    (theirs,) = torch.autograd.grad((wanted * pull).sum(), x)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_merging_twice_keeps_the_mean_position_over_patches() -> None:
     original = fresh(1, (1, 6))
     once = original.merge(torch.tensor([[0, 0, 0, 1, 2, 2]]))

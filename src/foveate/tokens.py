@@ -13,9 +13,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 DROPPED = -1
 """The entry of `source` for a patch that no token carries, and of an index for "no token here"."""
+
+_FEW = 4
+"""Of this many tokens at most one goes in a merge that copies all others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +120,8 @@ class Tokens:
             into: (B, N) long in -1..G-1. Tokens that are not valid are left out whatever it says.
             weight: (B, N) float > 0, None for a plain mean; pass `size` for ToMe's proportional mean.
             groups: G; read from `into` if None.
-            full: promises that no group is empty: with it and `groups`, no number is read off the device.
+            full: promises that every token is valid and has a group, and that no group is empty: with it and `groups`,
+                no number is read off the device, and where few tokens go, only those that meet are summed.
         """
         batch, count = self.x.shape[:2]
         # Sums of many bf16 values need more digits than bf16 has.
@@ -126,25 +131,47 @@ class Tokens:
         member = (into >= 0).to(exact).unsqueeze(-1)
         share = member if weight is None else weight.to(exact).unsqueeze(-1) * member
         patches = self.size.to(exact).unsqueeze(-1) * member
-        # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
-        row = into.clamp(min=0) + groups * torch.arange(batch, device=into.device).unsqueeze(1)
-
-        def total(values: Tensor) -> Tensor:
-            rows = values.flatten(0, 1)
-            out = rows.new_zeros(batch * groups, rows.shape[1])
-            return out.scatter_add_(0, row.view(-1, 1).expand_as(rows), rows).unflatten(0, (batch, groups))
-
-        sums = total(torch.cat([share, patches, self.position * patches, member], -1))
+        sums = _totals(torch.cat([share, patches, self.position * patches, member], -1), into.clamp(min=0), groups)
         mass, size, position, members = sums.split((1, 1, 3, 1), -1)
-        moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
+        if full and _FEW * (count - groups) <= count:
+            x = self._met(into, share, mass)
+        else:
+            total = _totals(self.x * share, into.clamp(min=0), groups)
+            x = (total / mass.clamp(min=torch.finfo(exact).tiny)).to(self.x.dtype)
         valid = None if full else members.squeeze(-1) > 0
+        moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
         return Tokens(
-            x=(total(self.x * share) / mass.clamp(min=torch.finfo(exact).tiny)).to(self.x.dtype),
+            x=x,
             position=(position / size.clamp(min=1)).to(self.position.dtype),
             size=size.squeeze(-1).long(),
             source=moved.gather(1, self.source % (count + 1)),
             valid=None if valid is None or bool(valid.all()) else valid,
         )
+
+    def _met(self, into: Tensor, share: Tensor, mass: Tensor) -> Tensor:
+        """(B, G, C): the weighted means of full groups. Of each group the first token leads; all that others do not
+        join, all but N - G at most, are copied."""
+        batch, count = into.shape
+        groups = mass.shape[1]
+        place = torch.arange(count, device=into.device).expand_as(into)
+        leader = place.new_full((batch, groups), count).scatter_reduce_(1, into, place, "amin")
+        if count == groups:
+            return take(self.x, leader)
+        joins = (leader.gather(1, into) != place).to(torch.uint8)
+        place = place[:, : count - groups]
+        joining = torch.sort(joins, dim=1, descending=True, stable=True).indices[:, : count - groups]
+        group = into.gather(1, joining)
+        # Those that join the same group add up in the row of the first of them.
+        first = place.new_full((batch, groups), count).scatter_reduce_(1, group, place, "amin").gather(1, group)
+        added = _totals(take(self.x, joining) * take(share, joining), first, count - groups)
+        led = leader.gather(1, group)
+        means = (take(self.x, led) * take(share, led) + added) / take(mass, group)
+        # The extra row takes what is of no use: sums of rows that are not the first.
+        start = groups * torch.arange(batch, device=into.device).unsqueeze(1)
+        rows = torch.where(first == place, group + start, batch * groups).flatten()
+        source = F.pad((leader + count * torch.arange(batch, device=into.device).unsqueeze(1)).flatten(), (0, 1))
+        room = self.x.flatten(0, 1).index_select(0, source).index_copy_(0, rows, means.flatten(0, 1).to(self.x.dtype))
+        return room[:-1].unflatten(0, (batch, groups))
 
     def mix(self, weights: Tensor) -> Tokens:
         """Soft assignment: new token k is `sum_j weights[b, k, j] * x[b, j]`, weights (B, K, N).
@@ -189,6 +216,16 @@ class Tokens:
             source=torch.cat([self.source, moved], 1),
             valid=valid,
         )
+
+
+def _totals(values: Tensor, into: Tensor, groups: int) -> Tensor:
+    """(B, groups, D): the sums of the rows of `values` (B, N, D) by their groups `into` (B, N)."""
+    batch = len(values)
+    # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
+    row = (into + groups * torch.arange(batch, device=into.device).unsqueeze(1)).view(-1, 1)
+    rows = values.flatten(0, 1)
+    out = rows.new_zeros(batch * groups, rows.shape[1])
+    return out.scatter_add_(0, row.expand_as(rows), rows).unflatten(0, (batch, groups))
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:

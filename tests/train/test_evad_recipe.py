@@ -106,7 +106,8 @@ def test_guidance_is_the_divergence_of_scores_from_actors(change: dict[str, Any]
     for index, score in encoded.received:
         for clip in range(2):
             places = [int(place) for place in encoded.order[index[clip]]]
-            others = [k for k, place in enumerate(places) if change.get("protect_keyframe") is False or place // 36 != 2]
+            every = change.get("protect_keyframe") is False
+            others = [k for k, place in enumerate(places) if every or place // 36 != 2]
             actors = [k for k in others if batch["shown"][clip, places[k]]]
             mass = sum(float(score[clip, k]) for k in others)
             total += sum(math.log(1 / len(actors) / (float(score[clip, k]) / mass)) / len(actors) for k in actors) / 6

@@ -253,7 +253,7 @@ class Encoder:
             if result is tokens:
                 return None
             self._note(index, result)
-            hidden = torch.cat([prefix, result.x], 1)
+            hidden = _joined(prefix, result.x)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
@@ -274,7 +274,7 @@ class Encoder:
             if result is tokens:
                 return None
             self._note(index + 0.5, result)
-            self._merged = torch.cat([hidden[:, : self.prefix], result.x], 1)
+            self._merged = _joined(hidden[:, : self.prefix], result.x)
             self._length = hidden.shape[1]
             return ((self._merged, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self._merged})
 
@@ -290,14 +290,18 @@ class Encoder:
         if self._merged is None:
             return None
         self._branch = output
-        return output.new_zeros(1, 1, 1).expand(output.shape[0], self._length, output.shape[2])
+        if module.training:
+            # Stochastic depth asks how many samples there are.
+            return output.new_zeros(1, 1, 1).expand(output.shape[0], self._length, output.shape[2])
+        # A plain number, of which addition makes one quick pass over what is thrown away next.
+        return torch.zeros((), dtype=output.dtype)
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._merged is None:
             return None
         assert self._branch is not None
-        scale = getattr(module, self._anatomy.scale) if self._anatomy.scale else 1
-        hidden = self._merged + scale * self._branch
+        scaled = getattr(module, self._anatomy.scale) * self._branch if self._anatomy.scale else self._branch
+        hidden = self._merged + scaled
         self._merged = self._branch = None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -372,6 +376,11 @@ class Encoder:
             # timm may leave the class and register tokens out of the pooling.
             return args, {**kwargs, "attn_mask": valid[:, None, None, -args[0].shape[1] :]}
         return args, {**kwargs, "key_padding_mask": ~valid}
+
+
+def _joined(prefix: Tensor, patches: Tensor) -> Tensor:
+    """One after the other, (B, P, C) and (B, N, C). CUDA copies in wide steps only if both are contiguous."""
+    return torch.cat([prefix.contiguous(), patches], 1) if prefix.shape[1] else patches
 
 
 class VisionSignals(NoSignals):
