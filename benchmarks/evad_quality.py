@@ -91,7 +91,7 @@ def main() -> None:
         # More steps for one, say, and it is no fair comparison: whoever reads the results must see it.
         print("settings that differ besides frame_only:", differs or "none")
     for model, theirs, training in others:
-        trained_with = {name: getattr(theirs, name) for name in whole}
+        trained_with = {name: getattr(theirs, name) for name in (*whole, "guide")}
         note(f"trained and measured with {json.dumps(trained_with)}", evaluate(model, clips, theirs))
         commands[json.dumps(trained_with)] = training["command"]
     write("evad_quality", options, {"trained": commands, "settings_that_differ": differs, "results": rows})
