@@ -17,12 +17,14 @@ class KeepFirst(Method):
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 # Nothing here computes: what a method is can be told without loading torch.
@@ -310,14 +312,15 @@ class Method(Published):
     that stay "whole", those of "every" row of the crops, or "none"."""
 
     @classmethod
-    def handlers(cls) -> dict[str, str]:
+    @functools.cache
+    def handlers(cls) -> Mapping[str, str]:
         """stage -> name of the handler, in definition order."""
         found: dict[str, str] = {}
         for base in reversed(cls.__mro__):
             for name, value in vars(base).items():
                 if stage := getattr(value, "stage", None):
                     found[stage] = name
-        return found
+        return MappingProxyType(found)
 
     @classmethod
     def for_budget(cls, budget: float, host: HostShape) -> Method:

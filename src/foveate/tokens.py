@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 DROPPED = -1
 """The entry of `source` for a patch that no token carries, and of an index for "no token here"."""
@@ -128,50 +127,36 @@ class Tokens:
         exact = torch.promote_types(self.x.dtype, torch.float32)
         into = into if self.valid is None else torch.where(self.valid, into, DROPPED)
         groups = int(into.max()) + 1 if groups is None else groups
-        member = (into >= 0).to(exact).unsqueeze(-1)
-        share = member if weight is None else weight.to(exact).unsqueeze(-1) * member
-        patches = self.size.to(exact).unsqueeze(-1) * member
-        sums = _totals(torch.cat([share, patches, self.position * patches, member], -1), into.clamp(min=0), groups)
-        mass, size, position, members = sums.split((1, 1, 3, 1), -1)
+        # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
+        row = (into if full else into.clamp(min=0)) + groups * torch.arange(batch, device=into.device).unsqueeze(1)
+        row = row.flatten()
+
+        def total(values: Tensor) -> Tensor:
+            rows = values.flatten(0, 1)
+            out = rows.new_zeros(batch * groups, rows.shape[1])
+            return out.scatter_add_(0, row.unsqueeze(1).expand_as(rows), rows)
+
+        patches = self.size.to(exact).unsqueeze(-1)
+        share = torch.ones_like(patches) if weight is None else patches
+        if weight is not None and weight is not self.size:
+            share = weight.to(exact).unsqueeze(-1)
+        if not full:
+            member = (into >= 0).to(exact).unsqueeze(-1)
+            patches, share = patches * member, share * member
+        mass, size, position = total(torch.cat([share, patches, self.position * patches], -1)).split((1, 1, 3), -1)
         if full and _FEW * (count - groups) <= count:
-            x = self._met(into, share, mass)
+            x = _met(self.x.flatten(0, 1), row, share.flatten(0, 1), mass, batch * (count - groups))
         else:
-            total = _totals(self.x * share, into.clamp(min=0), groups)
-            x = (total / mass.clamp(min=torch.finfo(exact).tiny)).to(self.x.dtype)
-        valid = None if full else members.squeeze(-1) > 0
+            x = total(self.x * share) / mass.clamp(min=torch.finfo(exact).tiny)
         moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
+        valid = None if full else (mass > 0).view(batch, groups)
         return Tokens(
-            x=x,
-            position=(position / size.clamp(min=1)).to(self.position.dtype),
-            size=size.squeeze(-1).long(),
+            x=x.to(self.x.dtype).unflatten(0, (batch, groups)),
+            position=(position / size.clamp(min=1)).to(self.position.dtype).unflatten(0, (batch, groups)),
+            size=size.long().view(batch, groups),
             source=moved.gather(1, self.source % (count + 1)),
             valid=None if valid is None or bool(valid.all()) else valid,
         )
-
-    def _met(self, into: Tensor, share: Tensor, mass: Tensor) -> Tensor:
-        """(B, G, C): the weighted means of full groups. Of each group the first token leads; all that others do not
-        join, all but N - G at most, are copied."""
-        batch, count = into.shape
-        groups = mass.shape[1]
-        place = torch.arange(count, device=into.device).expand_as(into)
-        leader = place.new_full((batch, groups), count).scatter_reduce_(1, into, place, "amin")
-        if count == groups:
-            return take(self.x, leader)
-        joins = (leader.gather(1, into) != place).to(torch.uint8)
-        place = place[:, : count - groups]
-        joining = torch.sort(joins, dim=1, descending=True, stable=True).indices[:, : count - groups]
-        group = into.gather(1, joining)
-        # Those that join the same group add up in the row of the first of them.
-        first = place.new_full((batch, groups), count).scatter_reduce_(1, group, place, "amin").gather(1, group)
-        added = _totals(take(self.x, joining) * take(share, joining), first, count - groups)
-        led = leader.gather(1, group)
-        means = (take(self.x, led) * take(share, led) + added) / take(mass, group)
-        # The extra row takes what is of no use: sums of rows that are not the first.
-        start = groups * torch.arange(batch, device=into.device).unsqueeze(1)
-        rows = torch.where(first == place, group + start, batch * groups).flatten()
-        source = F.pad((leader + count * torch.arange(batch, device=into.device).unsqueeze(1)).flatten(), (0, 1))
-        room = self.x.flatten(0, 1).index_select(0, source).index_copy_(0, rows, means.flatten(0, 1).to(self.x.dtype))
-        return room[:-1].unflatten(0, (batch, groups))
 
     def mix(self, weights: Tensor) -> Tokens:
         """Soft assignment: new token k is `sum_j weights[b, k, j] * x[b, j]`, weights (B, K, N).
@@ -218,14 +203,19 @@ class Tokens:
         )
 
 
-def _totals(values: Tensor, into: Tensor, groups: int) -> Tensor:
-    """(B, groups, D): the sums of the rows of `values` (B, N, D) by their groups `into` (B, N)."""
-    batch = len(values)
-    # Samples one after the other: sums of whole rows are several times as fast as over a batch axis.
-    row = (into + groups * torch.arange(batch, device=into.device).unsqueeze(1)).view(-1, 1)
-    rows = values.flatten(0, 1)
-    out = rows.new_zeros(batch * groups, rows.shape[1])
-    return out.scatter_add_(0, row.expand_as(rows), rows).unflatten(0, (batch, groups))
+def _met(x: Tensor, row: Tensor, share: Tensor, mass: Tensor, joiners: int) -> Tensor:
+    """(R, C) in the precision of `share`: the means of x (S, C), weighted with share (S, 1), in R full groups `row`
+    (S,), whose weights add up to mass (R, 1). Of each group the first token leads, and `joiners` tokens join others:
+    `mean = x_lead + sum over joiners j of (share_j / mass) (x_j - x_lead)`. Groups that nobody joins are copied.
+    """
+    place = torch.arange(len(row), device=row.device)
+    leader = place.new_full((len(mass),), len(row)).scatter_reduce_(0, row, place, "amin")
+    led = leader.index_select(0, row)
+    joining = torch.sort((led != place).to(torch.uint8), descending=True, stable=True).indices[:joiners]
+    group = row.index_select(0, joining)
+    change = x.index_select(0, joining).to(share.dtype) - x.index_select(0, led.index_select(0, joining))
+    change = change * (share.index_select(0, joining) / mass.index_select(0, group))
+    return x.index_select(0, leader).to(share.dtype).index_add_(0, group, change)
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:

@@ -20,24 +20,27 @@ def partners(metric: Tensor, surplus: int, order: str, first: int = 0) -> Tensor
         first: 0 or 1.
     """
     batch, count, _ = metric.shape
-    place = torch.arange(count, device=metric.device).expand(batch, -1)
     a, b = slice(first, None, 2), slice(1 - first, None, 2)
     metric = metric.float()
-    # Cosines are scaled after the product, where there is less to scale.
-    scale = 1 / metric.norm(dim=-1).clamp(min=1e-12)
+    # Cosines are scaled after the product, where there is less to scale; the partner is the same without A's lengths.
+    scale = metric.norm(dim=-1).clamp(min=1e-12).reciprocal()
     product = metric[:, a] @ metric[:, b].transpose(-1, -2)
-    best, partner = (product * scale[:, a, None] * scale[:, None, b]).max(-1)
-    ranked = torch.sort(best, dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(ranked).scatter_(1, ranked, place[:, : best.shape[1]])
-    goes = min(surplus, count // 2)
+    best, partner = (product * scale[:, None, b]).max(-1)
+    ranked = torch.sort(best * scale[:, a], dim=1, descending=True, stable=True).indices
+    place = torch.arange(count, device=metric.device).expand(batch, -1)
+    goes, of_a, of_b = min(surplus, count // 2), best.shape[1], count - best.shape[1]
+    rank = torch.empty_like(ranked).scatter_(1, ranked, place[:, :of_a])
     merged = rank < goes
-    # Each group is led by its token of B, or by the token of A that is alone in it.
-    leader = place.clone()
-    leader[:, a] = torch.where(merged, 2 * partner + 1 - first, place[:, a])
+    number = torch.empty_like(place)
     if order == "place":
-        number = (leader == place).long().cumsum(1) - 1
-    else:
-        number = torch.zeros_like(place)
-        number[:, a] = rank - goes if order == "similarity" else (~merged).long().cumsum(1) - 1
-        number[:, b] = best.shape[1] - goes + place[:, : count - best.shape[1]]
-    return number.gather(1, leader)
+        # Each group is led by its token of B, or by the token of A that is alone in it.
+        leads = torch.ones_like(number)
+        leads[:, a] -= merged.long()
+        before = leads.cumsum(1) - 1
+        number[:, b] = before[:, b]
+        number[:, a] = torch.where(merged, before[:, b].gather(1, partner), before[:, a])
+        return number
+    alone = rank - goes if order == "similarity" else (~merged).cumsum(1) - 1
+    number[:, a] = torch.where(merged, partner + (of_a - goes), alone)
+    number[:, b] = place[:, of_a - goes : of_a - goes + of_b]
+    return number
