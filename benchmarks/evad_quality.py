@@ -12,7 +12,8 @@ With --frame-only FOLDER also a model that was trained on keyframes alone,
 
 foveate train evad --set frame_only=true --out runs/evad-frame-only
 
-and with --others FOLDER … models that were trained with other dropouts, each measured with its own.
+and with --others FOLDER … models that were trained with other dropouts, each measured with its own. --as-trained leaves
+out all that is measured otherwise: quicker, for more test clips (--seed).
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def main() -> None:
     parser.add_argument(
         "--others", type=Path, nargs="*", default=[], help="trained otherwise, each measured as trained"
     )
+    parser.add_argument("--as-trained", action="store_true", help="every model with its own dropout, no more")
     parser.add_argument("--test-scenes", type=int, default=500)
+    parser.add_argument("--result", default="evad_quality", help="name of the JSON file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the test clips")
     options = parser.parse_args()
@@ -79,11 +82,14 @@ def main() -> None:
         boxes = figures.get("box_average_precision", 1.0)
         print(f"{name:<60} frame mAP {figures['frame_map']:.3f}, boxes {boxes:.3f}", flush=True)
 
-    for variant in (*VARIANTS, *({"keep": k, "select": "random", "protect_keyframe": False} for k in (0.7, 0.5))):
-        note(json.dumps(variant), evaluate(moving.set_dropout(**(whole | variant)), clips, settings))
-    moving.set_dropout(**whole)
-    note("stopped", evaluate(moving, clips, dataclasses.replace(settings, frame_only=True)))
-    note("no knowledge", no_knowledge(clips, settings))
+    if options.as_trained:
+        others.insert(0, (moving, settings, trained))
+    else:
+        for variant in (*VARIANTS, *({"keep": k, "select": "random", "protect_keyframe": False} for k in (0.7, 0.5))):
+            note(json.dumps(variant), evaluate(moving.set_dropout(**(whole | variant)), clips, settings))
+        moving.set_dropout(**whole)
+        note("stopped", evaluate(moving, clips, dataclasses.replace(settings, frame_only=True)))
+        note("no knowledge", no_knowledge(clips, settings))
     commands = {"model": trained["command"]}
     if still is not None:
         note("frame only", evaluate(still[0].set_dropout(**whole), clips, still[1]))
@@ -94,7 +100,7 @@ def main() -> None:
         trained_with = {name: getattr(theirs, name) for name in (*whole, "guide")}
         note(f"trained and measured with {json.dumps(trained_with)}", evaluate(model, clips, theirs))
         commands[json.dumps(trained_with)] = training["command"]
-    write("evad_quality", options, {"trained": commands, "settings_that_differ": differs, "results": rows})
+    write(options.result, options, {"trained": commands, "settings_that_differ": differs, "results": rows})
 
 
 def _differences(settings: EvadSettings, still: EvadSettings) -> dict[str, Any]:
