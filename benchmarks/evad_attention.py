@@ -42,9 +42,13 @@ def measured(model: EvadDetector, settings: EvadSettings, clips: Clips) -> dict[
     return {
         "kept": float(there[0].float().mean()),
         "actors": float(there[1].float().mean()),
-        "actors_kept": float((there[0] & there[1]).sum() / there[1].sum()),
-        "actors_kept_by_slot": [float((stays[:, t] & actors[:, t]).sum() / actors[:, t].sum()) for t in range(slots)],
+        "actors_kept": _among(*there),
+        "actors_kept_by_slot": [_among(stays[:, t], actors[:, t]) for t in range(slots)],
     }
+
+
+def _among(stays: Tensor, actors: Tensor) -> float:
+    return float((stays & actors).sum() / actors.sum().clamp(min=1))
 
 
 def main() -> None:

@@ -73,7 +73,11 @@ def main() -> None:
         others = [load(folder, options.test_scenes) for folder in options.others]
     except InputError as error:
         parser.error(str(error))
-    clips = Clips("test", options.seed, frames=settings.frames * settings.stride, size=settings.size)
+
+    def seen(by: EvadSettings) -> Clips:
+        return Clips("test", options.seed, frames=by.frames * by.stride, size=by.size)
+
+    clips = seen(settings)
     whole = {"keep": 1.0, "select": "attention", "protect_keyframe": True}
     rows: list[dict[str, Any]] = []
 
@@ -98,7 +102,7 @@ def main() -> None:
         print("settings that differ besides frame_only:", differs or "none")
     for model, theirs, training in others:
         trained_with = {name: getattr(theirs, name) for name in (*whole, "guide")}
-        note(f"trained and measured with {json.dumps(trained_with)}", evaluate(model, clips, theirs))
+        note(f"trained and measured with {json.dumps(trained_with)}", evaluate(model, seen(theirs), theirs))
         commands[json.dumps(trained_with)] = training["command"]
     write(options.result, options, {"trained": commands, "settings_that_differ": differs, "results": rows})
 

@@ -123,6 +123,18 @@ def test_files_hold_what_the_detector_says(detect: Run, tmp_path: Path) -> None:
         assert container.streams.audio[0].codec_context.name == "aac"
 
 
+def test_it_looks_at_what_the_detector_was_trained_on(detect: Run, tmp_path: Path) -> None:
+    film(tmp_path / "a.mkv", range(3))
+    detector().save_pretrained(tmp_path / "model")
+    training = {"settings": {"stride": 1, "size": 40}}
+    (tmp_path / "model/metrics.json").write_text(json.dumps({"training": training}))
+    for extra, wanted in (((), (15, 40)), (("--rate", "6", "--short", "48"), (6, 48))):
+        code, _, err = detect("a.mkv", "--model", "model", "--json", "b.json", *extra)
+        assert (code, err) == (0, "")
+        seen = json.loads((tmp_path / "b.json").read_text())["settings"]
+        assert (seen["rate"], seen["short"]) == wanted
+
+
 def test_without_files_it_prints(detect: Run, tmp_path: Path) -> None:
     film(tmp_path / "a.mkv", range(8))
     code, out, err = detect("a.mkv", "--person", "0.6")

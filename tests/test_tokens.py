@@ -128,29 +128,30 @@ def test_merge_against_a_loop(weighted: bool) -> None:
                 torch.testing.assert_close(merged.position[b, group], slow_position(merged, original, b, group))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weight", ["none", "size", "other"])
 @pytest.mark.parametrize("groups", [3, 9, 10, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full_merge_against_a_loop(dtype: torch.dtype, groups: int, weighted: bool) -> None:
-    """Only where tokens meet it adds; a lone token is copied."""
+def test_full_merge_against_a_loop(dtype: torch.dtype, groups: int, weight: str) -> None:
+    """Of tokens that stand for several patches already; where at most a quarter goes, a lone token is copied."""
     torch.manual_seed(groups)
-    tokens = fresh(3, (3, 4), dtype=dtype)
+    original = fresh(3, (3, 6), dtype=dtype)
+    tokens = original.merge((torch.arange(18) % 12).expand(3, -1), groups=12)
     x = tokens.x.clone().requires_grad_()
-    every = torch.arange(groups).expand(3, -1)
-    into = torch.cat([every, torch.randint(groups, (3, 12 - groups))], 1)
+    into = torch.cat([torch.arange(groups).expand(3, -1), torch.randint(groups, (3, 12 - groups))], 1)
     into = into.gather(1, torch.stack([torch.randperm(12) for _ in range(3)]))
-    weight = torch.rand(3, 12) + 0.1 if weighted else None
-    merged = tokens.with_x(x).merge(into, weight, groups, full=True)
+    weights = {"none": None, "size": tokens.size, "other": torch.rand(3, 12) + 0.1}[weight]
+    merged = tokens.with_x(x).merge(into, weights, groups, full=True)
     check(merged)
     assert merged.valid is None and merged.x.dtype == dtype
     rows = []
     for b in range(3):
         for group in range(groups):
             members = [j for j in range(12) if int(into[b, j]) == group]
-            w = torch.ones(len(members)) if weight is None else weight[b, members]
+            w = torch.ones(len(members)) if weights is None else weights[b, members]
             rows.append((w.unsqueeze(1) * x[b, members].float()).sum(0) / w.sum())
-            assert merged.source[b, members].tolist() == [group] * len(members)
-            if len(members) == 1:
+            assert int(merged.size[b, group]) == int(tokens.size[b, members].sum())
+            torch.testing.assert_close(merged.position[b, group], slow_position(merged, original, b, group))
+            if len(members) == 1 and groups >= 9:
                 assert torch.equal(merged.x[b, group], x[b, members[0]])
     wanted = torch.stack(rows).view(3, groups, -1)
     torch.testing.assert_close(merged.x, wanted.to(dtype))
@@ -160,6 +161,17 @@ def test_full_merge_against_a_loop(dtype: torch.dtype, groups: int, weighted: bo
     (ours,) = torch.autograd.grad((merged.x.float() * pull).sum(), x)
     (theirs,) = torch.autograd.grad((wanted * pull).sum(), x)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_merge_of_tokens_that_stand_for_no_patch() -> None:
+    """`mix` makes such; a weight of 0 counts nothing, and nothing becomes NaN."""
+    mixed = fresh(1, (2, 4)).mix(torch.eye(8)[None].index_select(1, torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])))
+    assert mixed.size.tolist() == [[1, 0, 1, 1, 1, 1, 1, 1]] and mixed.valid is None
+    for into in ([0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 1, 2, 3, 4, 5, 6]):
+        merged = mixed.merge(torch.tensor([into]), mixed.size, 7, full=True)
+        assert merged.x.isfinite().all()
+        apart = mixed.merge(torch.tensor([into]), groups=7)
+        assert apart.valid is None, "a group with a member is one, whatever the member stands for"
 
 
 def test_merging_twice_keeps_the_mean_position_over_patches() -> None:

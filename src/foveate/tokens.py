@@ -18,7 +18,7 @@ DROPPED = -1
 """The entry of `source` for a patch that no token carries, and of an index for "no token here"."""
 
 _FEW = 4
-"""Of this many tokens at most one goes in a merge that copies all others."""
+"""Tokens that nothing is merged with are copied, not summed, where at most one token in this many goes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,20 +136,20 @@ class Tokens:
             out = rows.new_zeros(batch * groups, rows.shape[1])
             return out.scatter_add_(0, row.unsqueeze(1).expand_as(rows), rows)
 
+        share = (torch.ones_like(self.size) if weight is None else weight).to(exact).unsqueeze(-1)
         patches = self.size.to(exact).unsqueeze(-1)
-        share = torch.ones_like(patches) if weight is None else patches
-        if weight is not None and weight is not self.size:
-            share = weight.to(exact).unsqueeze(-1)
+        member = torch.ones_like(patches) if full else (into >= 0).to(exact).unsqueeze(-1)
         if not full:
-            member = (into >= 0).to(exact).unsqueeze(-1)
-            patches, share = patches * member, share * member
-        mass, size, position = total(torch.cat([share, patches, self.position * patches], -1)).split((1, 1, 3), -1)
+            share, patches = share * member, patches * member
+        sums = total(torch.cat([share, patches, self.position * patches, member], -1))
+        mass, size, position, members = sums.split((1, 1, 3, 1), -1)
+        mass = mass.clamp(min=torch.finfo(exact).tiny)
         if full and _FEW * (count - groups) <= count:
             x = _met(self.x.flatten(0, 1), row, share.flatten(0, 1), mass, batch * (count - groups))
         else:
-            x = total(self.x * share) / mass.clamp(min=torch.finfo(exact).tiny)
+            x = total(self.x * share) / mass
         moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
-        valid = None if full else (mass > 0).view(batch, groups)
+        valid = None if full else (members > 0).view(batch, groups)
         return Tokens(
             x=x.to(self.x.dtype).unflatten(0, (batch, groups)),
             position=(position / size.clamp(min=1)).to(self.position.dtype).unflatten(0, (batch, groups)),
@@ -214,7 +214,7 @@ def _met(x: Tensor, row: Tensor, share: Tensor, mass: Tensor, joiners: int) -> T
     joining = torch.sort((led != place).to(torch.uint8), descending=True, stable=True).indices[:joiners]
     group = row.index_select(0, joining)
     change = x.index_select(0, joining).to(share.dtype) - x.index_select(0, led.index_select(0, joining))
-    change = change * (share.index_select(0, joining) / mass.index_select(0, group))
+    change = change * (share.index_select(0, joining) / mass.index_select(0, group)).to(share.dtype)
     return x.index_select(0, leader).to(share.dtype).index_add_(0, group, change)
 
 

@@ -162,3 +162,18 @@ def test_gradients_and_bfloat16(host: str) -> None:
         assert all(grad is not None for grad in grads) and sum(grad.abs().sum() for grad in grads) > 0
         half = model.to(torch.bfloat16)
         assert bool(answer(half, pixels(2).bfloat16()).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("host", "option"),
+    [("timm", {"drop_path_rate": 0.3}), ("timm", {"init_values": 0.1}), ("dinov2", {"drop_path_rate": 0.3})],
+)
+def test_between_attention_and_mlp_in_training(host: str, option: dict[str, float]) -> None:
+    """Stochastic depth draws a number for each sample of the branch that is withheld."""
+    model = vision(host, **option).train()
+    with foveate.apply(model, "tome", r=2) as applied:
+        found = answer(model, pixels(2))
+        found.square().sum().backward()
+    assert bool(found.isfinite().all()) and applied.trace[-1].tokens_out[0] < 16
+    for block in blocks(model):
+        assert all(bool(one.grad.isfinite().all()) for one in block.parameters() if one.grad is not None)

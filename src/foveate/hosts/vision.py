@@ -379,7 +379,8 @@ class Encoder:
 
 
 def _joined(prefix: Tensor, patches: Tensor) -> Tensor:
-    """One after the other, (B, P, C) and (B, N, C). CUDA copies in wide steps only if both are contiguous."""
+    """One after the other, (B, P, C) and (B, N, C). CUDA copies in wide steps only if both are contiguous, as what a
+    method made is, unlike the view that a prefix is."""
     return torch.cat([prefix.contiguous(), patches], 1) if prefix.shape[1] else patches
 
 

@@ -96,15 +96,14 @@ class _Objective(nn.Module):
         self.dropout: Evad = detector.dropout
 
     def forward(
-        self, step: Tensor, clip: Tensor, size: Tensor, boxes: Tensor, labels: Tensor, present: Tensor, shown: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, step: Tensor, clip: Tensor, size: Tensor, boxes: Tensor, labels: Tensor, present: Tensor,
+        shown: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         change = VARIANTS[int(step) % len(VARIANTS)] if self.vary else {}
         self.detector.set_dropout(**(self.dropout.hyperparameters() | change))
-        self.detector.guided = self.guide > 0
-        found = self.detector(normalised(clip), size)
-        self.detector.guided = False
+        found = self.detector(normalised(clip), size, shown is not None)
         loss, parts = self.detector.loss(found, boxes, labels, present)
-        if self.guide:
+        if shown is not None:
             parts["guide"] = guidance(found.encoded, shown, self.detector.dropout.protect_keyframe)
             loss = loss + self.guide * parts["guide"]
         return loss, parts
@@ -138,6 +137,8 @@ class EvadRecipe(Recipe):
                 self.detector.load_state_dict(start.state_dict())
             except RuntimeError:
                 raise InputError(f"start: the detector in {settings.start} has another shape") from None
+        if settings.size % (2 * self.detector.patch):
+            raise InputError(f"size must be a multiple of {2 * self.detector.patch}, not {settings.size}")
         self.model: _Objective = _Objective(self.detector, settings.vary, settings.guide)
         self.clips = self._clips("train", seed)
 
@@ -152,10 +153,11 @@ class EvadRecipe(Recipe):
         first = step * self.settings.batch
         numbers = range(first + rank, first + self.settings.batch, world)
         clips = [self.clips[number] for number in numbers]
-        detector = self.detector
-        shown = [shows_actor(clip, self.settings, detector.tubelet, detector.patch) for clip in clips]
-        samples = collate([sample_of(clip, self.settings) for clip in clips])
-        return {"step": torch.tensor(step), **samples, "shown": torch.stack(shown)}
+        batch = {"step": torch.tensor(step), **collate([sample_of(clip, self.settings) for clip in clips])}
+        if self.settings.guide:
+            tubelet, patch = self.detector.tubelet, self.detector.patch
+            batch["shown"] = torch.stack([shows_actor(clip, self.settings, tubelet, patch) for clip in clips])
+        return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         loss, parts = model(**batch)
@@ -210,7 +212,8 @@ def guidance(encoded: Encoded, shown: Tensor, protected: bool) -> Tensor:
         counts = index >= frame if protected else torch.ones_like(index, dtype=torch.bool)
         wanted = (shown.gather(1, encoded.order[index]) & counts).float()
         score = score * counts
-        share = score / score.sum(1, keepdim=True)
+        # Of nothing but the keyframe, nothing is asked.
+        share = score / score.sum(1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
         wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=1)
         losses.append(F.kl_div(share.clamp(min=1e-9).log(), wanted, reduction="batchmean"))
     return torch.stack(losses).mean()

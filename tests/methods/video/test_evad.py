@@ -232,6 +232,10 @@ def test_ablations_of_the_encoder() -> None:
     assert not torch.equal(
         detector(select="random").encode(clip).index, detector(select="attention").encode(clip).index
     )
+    drawn = detector(select="random")
+    assert torch.equal(drawn.encode(clip).index, drawn.encode(clip).index)
+    lots = [drawn.train().encode(clip).index for _ in range(2)]
+    assert not torch.equal(*lots) and not torch.equal(lots[0][0], lots[0][1])
     model = detector(protect_keyframe=False, keep=0.5)
     encoded = model.encode(clip)
     assert encoded.index.shape == (2, 8)

@@ -159,9 +159,13 @@ class Evad(Method):
         self.protect_keyframe = protect_keyframe
         self.seed = whole("seed", seed)
 
+    def numbers(self, count: int) -> tuple[int, ...]:
+        """`layers` as numbers, of a model with `count` layers."""
+        return tuple(at_depth("layers", layer, count) for layer in self.layers)
+
     def drops(self, count: int) -> tuple[int, ...]:
         """The layers, of `count`, in which tokens are dropped."""
-        return tuple(at_depth("layers", layer, count) for layer in self.layers) if self.keep < 1 else ()
+        return self.numbers(count) if self.keep < 1 else ()
 
     def after(self, tokens: int, keyframe: int) -> int:
         """How many of `tokens`, of which `keyframe` are the keyframe's, a drop leaves."""
@@ -197,9 +201,9 @@ class Evad(Method):
     def check(self, host: HostShape) -> None:
         if host.slots == 1:
             raise InputError("evad needs clips: a picture is its own keyframe, and nothing of that is dropped")
-        layers = [at_depth("layers", layer, host.vision_layers) for layer in self.layers]
-        if layers != sorted(set(layers)):
-            raise InputError(f"layers {self.layers} are {layers} on this host; they must ascend")
+        layers = self.numbers(host.vision_layers)
+        if list(layers) != sorted(set(layers)):
+            raise InputError(f"layers {self.layers} are {list(layers)} on this host; they must ascend")
 
     def layers_at(self, stage: str, host: HostShape) -> Collection[int]:
         return self.drops(host.vision_layers)
@@ -255,8 +259,8 @@ class Encoded:
             first s are 0 … s - 1, and `index[:, s:] - s` is idx.
         frames: the keyframe's tokens (B, s, D) after some layers, without a norm, for the feature pyramid.
         grid: (t, h, w).
-        received: where `EvadDetector.guided` asks for it, of each layer that scores tokens their places `index` and
-            the scores, both (B, K') with the K' that it began with.
+        received: of each layer that drops, or with keep < 1 would, the places `index` of the tokens that it began with
+            and their scores, both (B, K'), with gradients; empty unless asked for (`guided`).
     """
 
     tokens: Tensor
@@ -335,8 +339,6 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
 
     positions: Tensor
     decoder_positions: Tensor
-    guided = False
-    """Whether `Encoded.received` has the attention that tokens receive, with gradients, also where all of them stay."""
 
     def __init__(
         self, *, image: int = 224, frames: int = 16, patch: int = 16, tubelet: int = 2, hidden: int = 768,
@@ -444,9 +446,9 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         """Whether the parameter of that name belongs to what the paper trains at 8 times the rate."""
         return name.startswith(("heads.", "decoder.", "mask_token"))
 
-    def forward(self, pixels: Tensor, size: Tensor | None = None) -> Detections:
+    def forward(self, pixels: Tensor, size: Tensor | None = None, guided: bool = False) -> Detections:
         """pixels (B, 3, T, H, W) as `normalised` makes them; size (B, 2) height and width px where pictures are padded
-        on the right and below, None where they are not.
+        on the right and below, None where they are not. `guided` asks for `Encoded.received`.
 
         Raises:
             InputError: for another number of frames than the model is for.
@@ -456,14 +458,14 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
             size = torch.tensor([[height, width]], device=pixels.device).expand(len(pixels), -1)
         step = 2 * self.patch
         pixels = F.pad(pixels, (0, -width % step, 0, -height % step))
-        encoded = self.encode(pixels)
+        encoded = self.encode(pixels, guided)
         _, h, w = encoded.grid
         levels = self.pyramid([frame.transpose(1, 2).unflatten(2, (h, w)) for frame in encoded.frames])
         person, boxes = self.locate(levels, size)
         return Detections(person, boxes, self.classify(encoded, boxes[-1], size), size, encoded)
 
-    def encode(self, pixels: Tensor) -> Encoded:
-        """The encoder: pixels (B, 3, T, H, W), H and W multiples of twice the patch."""
+    def encode(self, pixels: Tensor, guided: bool = False) -> Encoded:
+        """The encoder: pixels (B, 3, T, H, W), H and W multiples of twice the patch; `guided` as in `forward`."""
         table = self.positions
         if pixels.shape[2] != len(table) * self.tubelet:
             raise InputError(f"this model is for clips of {len(table) * self.tubelet} frames, not {pixels.shape[2]}")
@@ -479,13 +481,12 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
         index = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         dropout, layers = self.dropout, self.backbone.encoder.layer
         drops, frames, canvas = dropout.drops(len(layers)), [], x[:, :frame]
-        watched = [at_depth("layers", layer, len(layers)) for layer in dropout.layers] if self.guided else []
-        received = []
+        watched, received = dropout.numbers(len(layers)) if guided else (), []
         for number, (layer, path) in enumerate(zip(layers, self.paths)):
             left = dropout.after(x.shape[1], frame) if number in drops else x.shape[1]
             drop = left < x.shape[1]
             if number in watched or (drop and dropout.select == "attention"):
-                x, score = self._scored(layer, x, path, torch.where(index < frame, dropout.weight, 1.0))
+                x, score = self._scored(layer, x, path, torch.where(index < frame, dropout.weight, 1.0), guided)
                 if number in watched:
                     received.append((index, score))
             else:
@@ -518,14 +519,14 @@ class EvadDetector(nn.Module, PyTorchModelHubMixin, library_name="foveate"):
     def _attend(self, layer: Any, x: Tensor, path: float) -> Tensor:
         return x + self._survives(layer.attention(layer.layernorm_before(x)), path)
 
-    def _scored(self, layer: Any, x: Tensor, path: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _scored(self, layer: Any, x: Tensor, path: float, rows: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
         """As `_attend`, and the score (B, N) of each token."""
         normed, inner = layer.layernorm_before(x), layer.attention.attention
         query, key, value = (
             project(normed).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
             for project in (inner.query, inner.key, inner.value)
         )
-        out, score = attention_and_score(query, key, value, rows, self.guided)
+        out, score = attention_and_score(query, key, value, rows, guided)
         out = layer.attention.output(out.transpose(1, 2).flatten(2), normed)
         return x + self._survives(out, path), score
 
