@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from foveate import train as training
+from foveate.method import InputError
 from foveate.train.loop import Batch, Recipe, Settings, learning_rate, train, write_json, write_tensors
 
 
@@ -154,6 +155,23 @@ def test_fresh_start_forgets_the_checkpoint(tmp_path: Path) -> None:
     train(Line, out=tmp_path / "b", seed=2, **Line.smoke)
     assert_equal_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert len(losses(tmp_path / "a")) == 6
+
+
+def test_a_recipe_that_cannot_be_built_leaves_all_as_it_was(tmp_path: Path) -> None:
+    class Picky(Line):
+        def __init__(self, settings: Settings, seed: int) -> None:
+            super().__init__(settings, seed)
+            if settings.batch == 5:
+                raise InputError("not 5")
+
+    with pytest.raises(InputError, match="not 5"):
+        train(Picky, out=tmp_path / "new", **Picky.smoke | {"batch": 5})
+    assert not (tmp_path / "new").exists()
+    train(Picky, out=tmp_path / "a", stop_after=3, **Picky.smoke)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="not 5"):
+        train(Picky, out=tmp_path / "a", resume=False, **Picky.smoke | {"batch": 5})
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_checkpoints_are_safetensors_and_json_only(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ only), and, when training is done, the trained thing's own files with `metrics.j
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -189,17 +190,26 @@ def train(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.set_num_threads(settings.threads)
     out = Path(out)
+    new = not out.exists()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for folder in _checkpoints(out):
-                shutil.rmtree(folder)
-            (out / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
-    settings = recipe_type.prepare(settings, seed, out)
-    set_seed(seed)
-    recipe = recipe_type(settings, seed)
+    try:
+        settings = recipe_type.prepare(settings, seed, out)
+        set_seed(seed)
+        recipe = recipe_type(settings, seed)
+    except InputError:
+        if new and accelerator.is_main_process:
+            with contextlib.suppress(OSError):
+                # Only if nothing is in it.
+                out.rmdir()
+        raise
+    if accelerator.is_main_process and not resume:
+        for folder in _checkpoints(out):
+            shutil.rmtree(folder)
+        (out / "log.jsonl").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     optimizer = _optimizer(recipe, settings)
     start, spent = 0, 0.0
     if checkpoints := _checkpoints(out):
