@@ -60,7 +60,7 @@ def main() -> None:
         "--others", type=Path, nargs="*", default=[], help="trained otherwise, each measured as trained"
     )
     parser.add_argument("--as-trained", action="store_true", help="every model with its own dropout, no more")
-    parser.add_argument("--test-scenes", type=int, default=500)
+    parser.add_argument("--test-scenes", type=int, default=1000)
     parser.add_argument("--result", default="evad_quality", help="name of the JSON file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the test clips")
