@@ -22,7 +22,7 @@ from PIL import Image
 
 from foveate.data.scenes import ACTIONS, Clips
 from foveate.detect import Annotation, Detection, KeyframesFile, Stopwatch
-from foveate.methods.video.evad import CONFIGURATIONS, EvadDetector
+from foveate.methods.video.evad_detector import CONFIGURATIONS, EvadDetector
 
 
 def film(file: Path, seconds: float, rate: int, size: tuple[int, int]) -> Path:

@@ -32,7 +32,8 @@ from foveate.apply import apply
 from foveate.measure import memory
 from foveate.measure.flops import count_flops
 from foveate.measure.timing import Timing, interleave, seconds
-from foveate.methods.video.evad import CONFIGURATIONS, Evad, EvadDetector
+from foveate.methods.video.evad import Evad
+from foveate.methods.video.evad_detector import CONFIGURATIONS, EvadDetector
 
 SETTINGS: tuple[dict[str, float], ...] = ({"keep": 0.7, "weight": 1.0}, {"keep": 0.6, "weight": 4.0})
 """The paper's two."""

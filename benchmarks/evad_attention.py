@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.data.ava import collate
 from foveate.data.scenes import Clips
 from foveate.method import InputError
-from foveate.methods.video.evad import EvadDetector, normalised
+from foveate.methods.video.evad_detector import EvadDetector, normalised
 from foveate.train.evad import EvadSettings, sample_of, shows_actor
 
 

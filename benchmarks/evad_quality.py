@@ -30,7 +30,7 @@ from llava_shaped import write
 from foveate.data.scenes import ACTIONS, Clips
 from foveate.measure.detection import frame_map
 from foveate.method import InputError
-from foveate.methods.video.evad import EvadDetector
+from foveate.methods.video.evad_detector import EvadDetector
 from foveate.train.evad import VARIANTS, EvadSettings, evaluate, sample_of
 
 _ZOO = Path(__file__).parent.parent / "src/foveate/zoo/evad"

@@ -14,7 +14,7 @@ import torch
 from foveate.data.ava import read_clip
 from foveate.detect import Annotation, Detection, Keyframe, KeyframesFile, Stopwatch
 from foveate.method import InputError
-from foveate.methods.video.evad import EvadDetector, normalised
+from foveate.methods.video.evad_detector import EvadDetector, normalised
 from foveate.report.annotate import Annotator
 from tiny_video import detector, film, shown
 

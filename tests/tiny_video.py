@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEModel
 
-from foveate.methods.video.evad import EvadDetector
+from foveate.methods.video.evad_detector import EvadDetector
 from tiny import shake
 
 

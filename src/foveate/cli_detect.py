@@ -21,7 +21,7 @@ from foveate.method import InputError
 if TYPE_CHECKING:
     from foveate.data.video import VideoInfo
     from foveate.detect import Annotation, Detection, Keyframe, Stopwatch
-    from foveate.methods.video.evad import EvadDetector
+    from foveate.methods.video.evad_detector import EvadDetector
 
 DEFAULT_MODEL = "evad"
 

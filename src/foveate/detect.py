@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from foveate.data.video import Window, Windows, probe, stream
 from foveate.method import InputError, within
-from foveate.methods.video.evad import EvadDetector, normalised
+from foveate.methods.video.evad_detector import EvadDetector, normalised
 from foveate.report.annotate import Annotator
 from foveate.report.video import VideoWriter
 from foveate.report.write import Growing

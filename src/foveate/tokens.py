@@ -138,18 +138,18 @@ class Tokens:
 
         share = (torch.ones_like(self.size) if weight is None else weight).to(exact).unsqueeze(-1)
         patches = self.size.to(exact).unsqueeze(-1)
-        member = torch.ones_like(patches) if full else (into >= 0).to(exact).unsqueeze(-1)
+        columns = [share, patches, self.position * patches]
         if not full:
-            share, patches = share * member, patches * member
-        sums = total(torch.cat([share, patches, self.position * patches, member], -1))
-        mass, size, position, members = sums.split((1, 1, 3, 1), -1)
+            member = (into >= 0).to(exact).unsqueeze(-1)
+            columns = [column * member for column in columns] + [member]
+        mass, size, position, *members = total(torch.cat(columns, -1)).split([one.shape[-1] for one in columns], -1)
         mass = mass.clamp(min=torch.finfo(exact).tiny)
         if full and _FEW * (count - groups) <= count:
             x = _met(self.x.flatten(0, 1), row, share.flatten(0, 1), mass, batch * (count - groups))
         else:
-            x = total(self.x * share) / mass
+            x = total(self.x * columns[0]) / mass
         moved = torch.cat([into, into.new_full((batch, 1), DROPPED)], 1)
-        valid = None if full else (members > 0).view(batch, groups)
+        valid = None if full else (members[0] > 0).view(batch, groups)
         return Tokens(
             x=x.to(self.x.dtype).unflatten(0, (batch, groups)),
             position=(position / size.clamp(min=1)).to(self.position.dtype).unflatten(0, (batch, groups)),

@@ -19,7 +19,7 @@ from foveate import train
 from foveate.data.ava import from_clip
 from foveate.data.scenes import ACTIONS, Clips
 from foveate.method import InputError
-from foveate.methods.video.evad import EvadDetector, Found, normalised
+from foveate.methods.video.evad_detector import EvadDetector, Found, normalised
 from foveate.train.evad import VARIANTS, EvadRecipe, EvadSettings, evaluate
 
 

@@ -1,8 +1,9 @@
 """Recipe for `evad`: the action detector on clips of `foveate.data.scenes`, seen from everywhere but one keyframe.
 
 The paper's loss, with two changes because nothing here is pre-trained: one learning rate for all parts, and the loop's
-cosine. The paper trains one model for each way to drop tokens, with that dropout. One set of weights has to show them
-all here, so that every step uses the next of `VARIANTS` (ours): what is compared was seen equally often in training.
+cosine; a third, `guide`, if asked for. The paper trains one model for each way to drop tokens, with that dropout. So
+that one set of weights can show them all, every step uses the next of `VARIANTS` (ours), unless told otherwise: what is
+compared was then seen equally often in training.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from foveate.data.ava import ActionSample, collate, from_clip
 from foveate.data.scenes import ACTIONS, Clip, Clips
 from foveate.measure.detection import box_average_precision, frame_map
 from foveate.method import InputError
-from foveate.methods.video.evad import CONFIGURATIONS, Encoded, Evad, EvadDetector, normalised
+from foveate.methods.video.evad import Evad
+from foveate.methods.video.evad_detector import CONFIGURATIONS, Encoded, EvadDetector, normalised
 from foveate.train.loop import Batch, Recipe, Settings, write_json
 from foveate.zoo.detector import load_detector
 

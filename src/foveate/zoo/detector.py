@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from foveate.method import InputError, whole
-from foveate.methods.video.evad import EvadDetector
+from foveate.methods.video.evad_detector import EvadDetector
 from foveate.zoo import read_json
 
 RATE = 7.5

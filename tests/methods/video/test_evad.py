@@ -16,8 +16,9 @@ from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding
 import foveate
 from foveate.measure.claims import Checked, count
 from foveate.method import HostShape, InputError
-from foveate.methods.video import evad as module
-from foveate.methods.video.evad import Evad, EvadDetector, normalised
+from foveate.methods.video import evad_detector as module
+from foveate.methods.video.evad import Evad
+from foveate.methods.video.evad_detector import EvadDetector, normalised
 from tiny import shake, vision
 from tiny_video import clips, videomae
 
@@ -558,7 +559,8 @@ def test_multiplications_of_the_tokens_add_up() -> None:
     """The encoder's share by the formula: projections, the MLP behind each drop, and attention at full width."""
     from foveate.measure.flops import count_flops
 
-    model = module._on_meta("vit-b", 16).set_dropout(keep=0.7, weight=1.0).eval()
+    with torch.device("meta"):
+        model = EvadDetector.named("vit-b", keep=0.7).eval()
     with torch.device("meta"):
         clip = torch.empty(1, 3, 16, 288, 288)
         counted = count_flops(lambda: model.encode(clip)) / 2
